@@ -1,0 +1,17 @@
+"""Serve and mount virtual machine disk images without root.
+
+The layout, by what a user would look for:
+
+    opening      a name -> a device; the policy on what an image may refer to
+    block        what a disk is: extents, devices, windows
+    formats      how qcow2, VHD and raw images map guest bytes
+    partitions   MBR and GPT
+    protocol     the NBD wire, without I/O
+    server       the trio edge: connections, replies, transports
+    tls          certificate directories -> ssl.SSLContext
+    cli          the commands, and the only code that prints
+
+Everything but server and cli is plain synchronous, thread-safe Python.
+"""
+
+__version__ = "0.1.0"

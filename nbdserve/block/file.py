@@ -1,0 +1,231 @@
+"""One open host file (or block device), with positioned access that threads may share.
+
+Nothing here uses the file's cursor for data, so any number of threads read and write through one descriptor. Calls
+either do all that was asked or raise OSError; a read past the end of the file gives zeros, because an image's last
+cluster need not be written out in full.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TypeAlias
+
+from nbdserve.errors import OpenError
+
+ReadBuffer: TypeAlias = bytes | bytearray | memoryview
+WriteBuffer: TypeAlias = bytearray | memoryview
+
+_PAGE = 4096
+_ZEROS = bytes(1 << 20)
+
+# fallocate(2), include/uapi/linux/falloc.h
+_KEEP_SIZE = 0x01
+_PUNCH_HOLE = 0x02
+_ZERO_RANGE = 0x10
+_NOT_OFFERED = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
+
+
+class HostFile:
+    """A descriptor and what is known about the file behind it.
+
+    Attributes:
+        fd: the descriptor, for os.preadv, os.sendfile and the like.
+        name: the path as it was given, for messages.
+        writable: whether it was opened for writing.
+        is_device: whether it is a block device rather than a regular file.
+    """
+
+    def __init__(self, fd: int, name: str, *, writable: bool) -> None:
+        self.fd = fd
+        self.name = name
+        self.writable = writable
+        self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self._data_start = self._data_end = 0
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool) -> HostFile:
+        """Open a regular file or block device.
+
+        Raises:
+            OpenError: it does not exist, may not be opened, or is neither of the two.
+        """
+        name = os.fspath(path)
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        try:
+            # O_NONBLOCK: opening a fifo that nobody writes to must not hang; files and disks ignore it.
+            fd = os.open(name, flags | os.O_NONBLOCK)
+        except OSError as error:
+            raise OpenError(_why_not_opened(name, error, writable)) from None
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(fd)
+            kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+            raise OpenError(f"{name}: this is {kind}; give the path of a disk image")
+        return cls(fd, name, writable=writable)
+
+    @property
+    def size(self) -> int:
+        """The length in bytes at this moment."""
+        if self.is_device:
+            return os.lseek(self.fd, 0, os.SEEK_END)
+        return os.fstat(self.fd).st_size
+
+    def read_into(self, offset: int, buffer: WriteBuffer) -> None:
+        """Fill the buffer with the bytes from offset on; what lies past the end of the file reads as zeros."""
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(self.fd, [view], offset)
+            if count == 0:
+                view[:] = bytes(len(view))
+                return
+            view = view[count:]
+            offset += count
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """The `length` bytes from offset on, zero-filled past the end of the file."""
+        buffer = bytearray(length)
+        self.read_into(offset, buffer)
+        return buffer
+
+    def write(self, offset: int, data: ReadBuffer) -> None:
+        """Write all of data at offset."""
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self.fd, view, offset)
+            view = view[count:]
+            offset += count
+
+    def write_all(self, offset: int, pieces: Sequence[ReadBuffer]) -> None:
+        """Write the pieces one behind the other, in one system call where the kernel takes them at once."""
+        done = os.pwritev(self.fd, pieces, offset)
+        for piece in pieces:
+            if done >= len(piece):
+                done -= len(piece)
+                offset += len(piece)
+            else:
+                self.write(offset + done, memoryview(piece)[done:])
+                offset += len(piece)
+                done = 0
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """Write zero bytes, so that the host space stays set aside."""
+        while length:
+            count = os.pwrite(self.fd, memoryview(_ZEROS)[: min(length, len(_ZEROS))], offset)
+            offset += count
+            length -= count
+
+    def zero_range(self, offset: int, length: int) -> bool:
+        """Make the range read as zeros while it stays allocated; False where the host cannot do that quickly."""
+        return self._fallocate(_ZERO_RANGE | _KEEP_SIZE, offset, length)
+
+    def punch_hole(self, offset: int, length: int) -> bool:
+        """Give the range back to the host, to read as zeros from now on; False where the host cannot.
+
+        The pages leave the page cache, so replies that still refer to them (sendfile) keep the old bytes, even when
+        the range is written again: that is what makes freed clusters safe to reuse.
+        """
+        self._data_start = self._data_end = 0
+        return self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        error = _fallocate()(self.fd, mode, offset, length)
+        if error and error not in _NOT_OFFERED:
+            raise OSError(error, os.strerror(error), self.name)
+        return not error
+
+    def data_extent(self, offset: int, length: int) -> tuple[bool, int]:
+        """Whether data or a hole starts at offset, and for how many bytes of the next `length` (SEEK_DATA, SEEK_HOLE).
+
+        A host that knows no holes says data for all of it. The range must lie inside the file.
+        """
+        end = offset + length
+        if not self._data_start <= offset < self._data_end:
+            try:
+                start = os.lseek(self.fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return False, length
+                if error.errno in (errno.EINVAL, *_NOT_OFFERED):
+                    return True, length
+                raise
+            if start > offset:
+                return False, min(start, end) - offset
+            # Only what is data is remembered: writes turn holes into data, but nothing save punch_hole() does
+            # the opposite.
+            stop = os.lseek(self.fd, offset, os.SEEK_HOLE)
+            self._data_start, self._data_end = offset, stop
+            return True, min(stop, end) - offset
+        return True, min(self._data_end, end) - offset
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        """Whether the page cache seems to hold the range, by looking at one byte in every 256 KiB and the last one.
+
+        For sendfile, which has no way to ask. A wrong yes costs one wait for the disk, no more.
+        """
+        probe = bytearray(1)
+        last = offset + length - 1
+        try:
+            for position in (*range(offset, last, 1 << 18), last):
+                os.preadv(self.fd, [probe], position, os.RWF_NOWAIT)
+        except OSError:
+            return False
+        return True
+
+    def writes_at_once(self, offset: int, length: int) -> bool:
+        """Whether a write there needs no old bytes from the disk first: whole pages, or page ends that are cached."""
+        if not (offset | length) & (_PAGE - 1):
+            return True
+        return self.is_cached(offset, length)
+
+    def grow(self, size: int) -> None:
+        """Set the file's length, never shortening it."""
+        if not self.is_device and size > self.size:
+            os.ftruncate(self.fd, size)
+
+    def sync(self) -> None:
+        """Return when everything written so far is on stable storage."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor; calling it again does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _why_not_opened(name: str, error: OSError, writable: bool) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return f"{name}: no such file; check the path"
+        case errno.EACCES | errno.EPERM if writable:
+            return f"{name}: no permission to write; open it read-only (-r) or change its mode"
+        case errno.EACCES | errno.EPERM:
+            return f"{name}: no permission to read; change its mode or run as its owner"
+        case errno.EROFS:
+            return f"{name}: lies on a read-only file system; open it read-only (-r)"
+        case errno.EISDIR:
+            return f"{name}: this is a directory; give the path of a disk image"
+        case _:
+            return f"{name}: {error.strerror}"
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    """libc's fallocate as a function that returns an errno; Python itself offers only the posix_ one."""
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        while call(fd, mode, offset, length):
+            error = ctypes.get_errno()
+            if error != errno.EINTR:
+                return error
+        return 0
+
+    return fallocate

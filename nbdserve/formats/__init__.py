@@ -1,0 +1,109 @@
+"""How image formats map guest bytes: one module a format, and the table that names them.
+
+    base     reading, writing and backing chains, once for all
+    raw      the identity
+    qcow2    QEMU's copy-on-write format, versions 2 and 3
+    vpc      Virtual PC's and Hyper-V's VHD, fixed and dynamic
+
+A format never opens another file by itself: references go through the `open_reference` it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.block.file import HostFile
+from nbdserve.errors import OpenError
+
+PROBE_LENGTH = 512
+
+
+class OpenReference(Protocol):
+    """Opens, read-only, a file that an image names; the policy on what may be opened is its own business."""
+
+    def __call__(self, name: str, format: str | None) -> BlockDevice:
+        """Open `name` as the image wrote it; `format` is what the image says of it, None when it says nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How to open one image file.
+
+    Attributes:
+        read_only: never write to the file.
+        open_reference: for backing files.
+        snapshot: name or ID of an internal snapshot to show instead of the present state, or None.
+        looks_like: for raw images whose format was guessed: the probe that their first sector must not satisfy.
+    """
+
+    read_only: bool
+    open_reference: OpenReference
+    snapshot: str | None = None
+    looks_like: Callable[[bytes], str | None] | None = None
+
+
+def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:
+    from nbdserve.formats.raw import RawImage
+
+    if options.snapshot is not None:
+        raise OpenError(f"{file.name}: raw images have no internal snapshots; leave --snapshot out")
+    return RawImage(file, read_only=options.read_only, looks_like=options.looks_like)
+
+
+def _opener(module: str) -> Callable[[HostFile, OpenOptions], BlockDevice]:
+    """The module's open_image(), imported only when an image of its format is opened."""
+
+    def open_image(file: HostFile, options: OpenOptions) -> BlockDevice:
+        device: BlockDevice = import_module(module).open_image(file, options)
+        return device
+
+    return open_image
+
+
+FORMATS: dict[str, Callable[[HostFile, OpenOptions], BlockDevice]] = {
+    "raw": _open_raw,
+    "qcow2": _opener("nbdserve.formats.qcow2"),
+    "vpc": _opener("nbdserve.formats.vpc"),
+}
+
+ALIASES = {"vhd": "vpc", "img": "raw"}
+
+
+def probe_start(start: bytes) -> str | None:
+    """The format that an image's first 512 bytes announce, of all that QEMU would recognise; None: raw, or a VHD
+    that only its last sector tells."""
+    signatures = (
+        (b"QFI\xfb\x00\x00\x00\x02", "qcow2"),
+        (b"QFI\xfb\x00\x00\x00\x03", "qcow2"),
+        (b"QFI\xfb", "qcow"),
+        (b"QED\x00", "qed"),
+        (b"conectix", "vpc"),
+        (b"vhdxfile", "vhdx"),
+        (b"KDMV", "vmdk"),
+        (b"COWD", "vmdk"),
+        (b"# Disk DescriptorFile", "vmdk"),
+        (b"LUKS\xba\xbe", "luks"),
+        (b"WithoutFreeSpace", "parallels"),
+        (b"WithouFreSpacExt", "parallels"),
+        (b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
+    )
+    for signature, name in signatures:
+        if start.startswith(signature):
+            return name
+    if start[64:68] == b"\x7f\x10\xda\xbe":
+        return "vdi"
+    return None
+
+
+def probe(file: HostFile) -> str:
+    """The format a file announces; "raw" when it announces none."""
+    size = file.size
+    announced = probe_start(bytes(file.read(0, PROBE_LENGTH)))
+    if announced is None and size >= PROBE_LENGTH and file.read(size - 512, 8) == b"conectix":
+        return "vpc"  # a fixed VHD has nothing but a footer
+    return announced or "raw"

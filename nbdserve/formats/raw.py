@@ -1,0 +1,88 @@
+"""Raw images and host block devices: guest offsets are host offsets, and holes are holes.
+
+A raw image that was recognised only because nothing else fitted (*guessed*) keeps its first sector from becoming the
+header of another format: otherwise a guest could write a qcow2 header there that names a host file as its backing
+file, and the next one to open the image would read that file for it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.block.extents import Data, Extent, HostOffset, Zero
+from nbdserve.block.file import HostFile, ReadBuffer
+
+_GUARDED = 512
+
+
+class RawImage(BlockDevice):
+    """A file or block device as a disk.
+
+    Args:
+        looks_like: given the first bytes, the name of the format they announce, or None; set for a guessed image.
+    """
+
+    def __init__(
+        self, file: HostFile, *, read_only: bool, looks_like: Callable[[bytes], str | None] | None = None
+    ) -> None:
+        super().__init__(file.size, read_only=read_only)
+        self.file = file
+        self._looks_like = looks_like
+        self._unguarded = 0 if looks_like is None else _GUARDED
+        self.zeroes_fast = not read_only
+
+    def map(self, offset: int, length: int) -> Extent:
+        is_data, run = self.file.data_extent(offset, length)
+        return Data(run, self.file, HostOffset(offset)) if is_data else Zero(run, allocated=False)
+
+    def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
+        return self.file, HostOffset(offset)
+
+    def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
+        if self.read_only or offset < self._unguarded:
+            return None
+        return self.file, HostOffset(offset)
+
+    def write(self, offset: int, data: ReadBuffer) -> None:
+        if self.read_only:
+            raise self._refusal()
+        if offset < self._unguarded:
+            self._check_first_sector(offset, data)
+        self.file.write(offset, data)
+
+    def _check_first_sector(self, offset: int, data: ReadBuffer) -> None:
+        assert self._looks_like is not None
+        sector = self.read(0, min(_GUARDED, self.size))
+        piece = memoryview(data)[: len(sector) - offset]
+        sector[offset : offset + len(piece)] = piece
+        announced = self._looks_like(bytes(sector))
+        if announced is not None:
+            raise OSError(
+                errno.EPERM,
+                f"would turn this image, whose raw format was guessed, into {announced}; serve it with --format raw",
+                self.file.name,
+            )
+
+    def zero(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        if self.read_only:
+            raise self._refusal()
+        if unmap and self.file.punch_hole(offset, length):
+            return
+        if not self.file.zero_range(offset, length):
+            self.file.write_zeros(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise self._refusal()
+        self.file.punch_hole(offset, length)
+
+    def flush(self) -> None:
+        if not self.read_only:
+            self.file.sync()
+
+    def close(self) -> None:
+        if self.file.fd >= 0:
+            self.flush()
+            self.file.close()
