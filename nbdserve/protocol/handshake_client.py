@@ -293,11 +293,13 @@ def _numbered(body: bytes) -> tuple[int, str]:
 
 
 def _listing(body: bytes) -> Listing:
-    length = U32.unpack_from(body)[0] if len(body) >= U32.size else len(body)
-    name, rest = body[U32.size : U32.size + length], body[U32.size + length :]
+    if len(body) < U32.size:
+        raise ProtocolError(f"the server listed an export in {len(body)} bytes")
+    (length,) = U32.unpack_from(body)
+    name, description = body[U32.size : U32.size + length], body[U32.size + length :]
     if len(name) != length:
         raise ProtocolError(f"the server listed a name of {length} bytes in {len(body)} bytes")
-    return Listing(_string(name, "export name"), readable(rest))
+    return Listing(_string(name, "export name"), readable(description))
 
 
 def _summarized(name: str, summary: bytes) -> ExportInfo:

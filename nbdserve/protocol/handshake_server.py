@@ -52,6 +52,9 @@ from nbdserve.protocol.strings import decode, encode, message, quoted
 MAXIMUM_OPTIONS: Final = 1000
 """How many options one connection may send before it must have decided."""
 
+# An int, because the complement of an IntFlag lacks the bits that have no name.
+_KNOWN_CLIENT_FLAGS: Final = int(ClientFlags.FIXED_NEWSTYLE | ClientFlags.NO_ZEROES)
+
 _MAXIMUM_UNREAD: Final = 1 << 20  # bytes of answers that may wait while the client already sends its next option
 
 _Result = TypeVar("_Result")
@@ -124,7 +127,7 @@ class ServerHandshake(Handshake):
         offered = HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES
         self._output += GREETING.pack(INIT_MAGIC, OPTION_MAGIC, offered)
         (flags,) = U32.unpack((yield U32.size))
-        if flags & ~(ClientFlags.FIXED_NEWSTYLE | ClientFlags.NO_ZEROES):
+        if flags & ~_KNOWN_CLIENT_FLAGS:
             raise ProtocolError(f"the client set flags that were not offered ({flags:#x})")
         self._no_zeroes = bool(flags & ClientFlags.NO_ZEROES)
         fixed = bool(flags & ClientFlags.FIXED_NEWSTYLE)
