@@ -48,6 +48,10 @@ class BlockDevice(ABC):
     def map(self, offset: int, length: int) -> Extent:
         """The extent that starts at guest offset `offset`, at most `length` bytes long."""
 
+    def map_nowait(self, offset: int, length: int) -> Extent | None:
+        """What map() says, if it can be said without waiting for the disk; else None."""
+        return None
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """The extents that cover the whole range, in order."""
         end = offset + length

@@ -21,6 +21,9 @@ class Window(BlockDevice):
     def map(self, offset: int, length: int) -> Extent:
         return self.whole.map(self.start + offset, length)
 
+    def map_nowait(self, offset: int, length: int) -> Extent | None:
+        return self.whole.map_nowait(self.start + offset, length)
+
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
         return self.whole.locate(self.start + offset, length)
 

@@ -19,8 +19,6 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
 from nbdserve.errors import OpenError
 
-PROBE_LENGTH = 512
-
 
 class OpenReference(Protocol):
     """Opens, read-only, a file that an image names; the policy on what may be opened is its own business."""
@@ -38,13 +36,14 @@ class OpenOptions:
         read_only: never write to the file.
         open_reference: for backing files.
         snapshot: name or ID of an internal snapshot to show instead of the present state, or None.
-        looks_like: for raw images whose format was guessed: the probe that their first sector must not satisfy.
+        looks_like: for raw images whose format was guessed: the probe that their first and last sectors must never
+            satisfy.
     """
 
     read_only: bool
     open_reference: OpenReference
     snapshot: str | None = None
-    looks_like: Callable[[bytes], str | None] | None = None
+    looks_like: Callable[[bytes, bytes], str | None] | None = None
 
 
 def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:
@@ -75,8 +74,7 @@ ALIASES = {"vhd": "vpc", "img": "raw"}
 
 
 def probe_start(start: bytes) -> str | None:
-    """The format that an image's first 512 bytes announce, of all that QEMU would recognise; None: raw, or a VHD
-    that only its last sector tells."""
+    """The format that an image's first 512 bytes announce, of all that QEMU would recognise; None: raw or fixed VHD."""
     signatures = (
         (b"QFI\xfb\x00\x00\x00\x02", "qcow2"),
         (b"QFI\xfb\x00\x00\x00\x03", "qcow2"),
@@ -100,10 +98,16 @@ def probe_start(start: bytes) -> str | None:
     return None
 
 
+def probe_sectors(first: bytes, last: bytes) -> str | None:
+    """The format that the first and the last 512 bytes of a file announce, or None."""
+    announced = probe_start(first)
+    if announced is None and last.startswith(b"conectix"):
+        from nbdserve.formats.vpc import is_footer
+
+        return "vpc" if is_footer(last) else None  # a fixed VHD has nothing but a footer
+    return announced
+
+
 def probe(file: HostFile) -> str:
     """The format a file announces; "raw" when it announces none."""
-    size = file.size
-    announced = probe_start(bytes(file.read(0, PROBE_LENGTH)))
-    if announced is None and size >= PROBE_LENGTH and file.read(size - 512, 8) == b"conectix":
-        return "vpc"  # a fixed VHD has nothing but a footer
-    return announced or "raw"
+    return probe_sectors(bytes(file.read(0, 512)), bytes(file.read(max(0, file.size - 512), 512))) or "raw"

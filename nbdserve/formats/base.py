@@ -93,7 +93,22 @@ class MappedImage(BlockDevice):
         offset is a multiple of cluster_size; so is length, or the range ends at the end of the device.
         """
 
+    def is_mapped_in_memory(self, offset: int, length: int) -> bool:
+        """Whether lookup() of the range needs no table that would have to be read from the disk."""
+        return False
+
     # Reading
+
+    def map_nowait(self, offset: int, length: int) -> Extent | None:
+        if not self.is_mapped_in_memory(offset, length):
+            return None
+        extent = self.lookup(offset, length)
+        if not isinstance(extent, Unallocated):
+            return extent
+        if self.backing is None or offset >= self.backing.size:
+            return Zero(extent.length, allocated=False)
+        below = self.backing.map_nowait(offset, min(extent.length, self.backing.size - offset))
+        return below and below._replace(depth=below.depth + 1)
 
     def map(self, offset: int, length: int) -> Extent:
         extent = self.lookup(offset, length)

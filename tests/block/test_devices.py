@@ -11,7 +11,7 @@ from conformance import check_block_device
 from nbdserve.block import BlockDevice, Data, HostFile, MemoryDevice, Window, Zero
 from nbdserve.block.pins import Pins
 from nbdserve.errors import OpenError, ReadOnly
-from nbdserve.formats import probe_start
+from nbdserve.formats import probe_sectors
 from nbdserve.formats.raw import RawImage
 
 SIZE = 1 << 20
@@ -63,7 +63,7 @@ def test_raw_maps_holes(tmp_path: Path) -> None:
 def test_guessed_raw_never_becomes_another_format(tmp_path: Path) -> None:
     path = tmp_path / "disk.raw"
     path.write_bytes(bytes(SIZE))
-    device = RawImage(HostFile.open(path, writable=True), read_only=False, looks_like=probe_start)
+    device = RawImage(HostFile.open(path, writable=True), read_only=False, looks_like=probe_sectors)
     with device:
         assert device.locate_writable(0, 4096) is None
         with pytest.raises(PermissionError):

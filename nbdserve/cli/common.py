@@ -1,0 +1,52 @@
+"""What the commands share: how errors are shown, and how sizes are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nbdserve.errors import NbdserveError
+
+_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes as qemu-img reads it: 512, 64k, 1M, 2G (powers of 1024)."""
+    lowered = text.lower().removesuffix("ib")
+    unit = lowered[-1:] if lowered[-1:].isalpha() else ""
+    digits = lowered.removesuffix(unit)
+    if unit not in _UNITS or not digits.isascii() or not digits.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with k, M, G or T")
+    return int(digits) << _UNITS[unit]
+
+
+def say(program: str, line: str) -> None:
+    """One line on stderr."""
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+
+def run(program: str, command: Callable[[], None]) -> NoReturn:
+    """Run a command and leave with its exit status: 0, or 1 after one line that says what went wrong."""
+    try:
+        command()
+    except NbdserveError as error:
+        say(program, str(error))
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        say(program, f"{name}{error.strerror or error}")
+    except KeyboardInterrupt:
+        say(program, "interrupted")
+    else:
+        sys.exit(0)
+    _flush_stdout()
+    sys.exit(1)
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more: Python would complain once again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

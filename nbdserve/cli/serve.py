@@ -1,0 +1,233 @@
+"""nbdserve: serve a disk image over NBD."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from pathlib import Path
+from typing import NoReturn
+
+import nbdserve
+from nbdserve.block import BlockDevice
+from nbdserve.cli.common import byte_size, run, say
+from nbdserve.errors import NbdserveError
+
+PROGRAM = "nbdserve"
+
+EPILOG = """\
+examples:
+  nbdserve disk.qcow2                          read and write, at nbd://localhost (port 10809)
+  nbdserve -r -P 1 disk.vhd                    the first partition, read-only
+  nbdserve -k /tmp/disk.sock disk.qcow2        on a unix socket
+  nbdserve --tls-certs pki --bind 0.0.0.0 disk.qcow2
+                                               encrypted, for other machines
+  nbdinfo [ nbdserve disk.qcow2 ]              for the time that another command runs
+  nbdcopy [ nbdserve disk.qcow2 ] disk.raw
+
+stop it with Ctrl-C or SIGTERM: requests in flight are finished and the image is flushed.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; short options are qemu-nbd's."""
+    result = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Serve a disk image (qcow2, VHD, raw or a block device) over NBD.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("image", metavar="IMAGE", help="the image file or block device")
+    result.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
+    result.add_argument("-v", "--verbose", action="store_true", help="tell of clients that come and go")
+
+    image = result.add_argument_group("the image")
+    image.add_argument("-f", "--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
+    image.add_argument("-r", "--read-only", action="store_true", help="refuse writes, open nothing for writing")
+    image.add_argument("-P", "--partition", type=int, metavar="N", help="serve only partition N (logical ones from 5)")
+    image.add_argument("-o", "--offset", type=byte_size, default=0, metavar="BYTES", help="serve from this offset on")
+    image.add_argument("--size", type=byte_size, metavar="BYTES", help="serve only this many bytes")
+    image.add_argument(
+        "-l", "--snapshot", "--load-snapshot", metavar="NAME", help="serve an internal snapshot (name or ID), read-only"
+    )
+    image.add_argument(
+        "--allow-path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="let the image refer to files below DIR, besides its own directory (may be repeated)",
+    )
+    image.add_argument("--trust-references", action="store_true", help="let the image refer to any local file")
+
+    where = result.add_argument_group("where to listen")
+    where.add_argument("-p", "--port", type=_port, metavar="PORT", help="TCP port, 0 for any free one; default: 10809")
+    where.add_argument(
+        "-b",
+        "--bind",
+        metavar="ADDRESS",
+        help="address to listen on; default: localhost, 0.0.0.0 for all of this machine's",
+    )
+    where.add_argument("-k", "--socket", metavar="PATH", help="listen on a unix socket instead")
+
+    export = result.add_argument_group("the export")
+    export.add_argument("-x", "--export-name", default="", metavar="NAME", help="default: the empty name")
+    export.add_argument("-D", "--description", default="", metavar="TEXT", help="a line for people who list exports")
+    export.add_argument(
+        "-e", "--shared", type=_count, default=100, metavar="N", help="clients at the same time; default: 100"
+    )
+    export.add_argument(
+        "-t", "--persistent", action="store_true", help="go on when the last client has left (always so)"
+    )
+
+    tls = result.add_argument_group("encryption")
+    tls.add_argument(
+        "--tls-certs", metavar="DIR", help="directory with ca-cert.pem, server-cert.pem, server-key.pem[, ca-crl.pem]"
+    )
+    tls.add_argument(
+        "--tls",
+        choices=("off", "on", "require"),
+        help="on: clients may encrypt, require: they must; default: require with --tls-certs, else off",
+    )
+    tls.add_argument("--tls-verify-peer", action="store_true", help="clients need a certificate that the CA has signed")
+    return result
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of clients; give 1 or more")
+    return int(text)
+
+
+def main() -> NoReturn:
+    """The command `nbdserve`."""
+    arguments = parser()
+    options = arguments.parse_args()
+    if options.tls in ("on", "require") and options.tls_certs is None:
+        arguments.error(f"--tls {options.tls} needs --tls-certs DIR")
+    if options.tls_verify_peer and options.tls_certs is None:
+        arguments.error("--tls-verify-peer needs --tls-certs DIR")
+    if options.socket is not None and (options.port is not None or options.bind is not None):
+        arguments.error("--socket and --port/--bind exclude each other; start a second server for the other one")
+    run(PROGRAM, lambda: _serve(options))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """Open, listen, serve; whatever was opened is closed again, in the reverse order."""
+    device = _open_device(options)
+    try:
+        listeners, activated = _listen(options)
+        _warn_if_exposed(options, listeners)
+        try:
+            _run_server(options, device, listeners, activated)
+        finally:
+            _close_listeners(options, listeners)
+    except BaseException:
+        _close_after_failure(device)
+        raise
+    device.close()
+
+
+def _close_after_failure(device: BlockDevice) -> None:
+    """The failure that ended us is what the user has to hear; that closing failed as well is said beside it."""
+    try:
+        device.close()
+    except (NbdserveError, OSError) as error:
+        say(PROGRAM, f"closing the image: {error}")
+
+
+def _open_device(options: argparse.Namespace) -> BlockDevice:
+    from nbdserve.opening import ReferencePolicy, open_image, select_partition, select_range
+
+    device = open_image(
+        options.image,
+        format=options.format,
+        read_only=options.read_only,
+        snapshot=_snapshot_name(options.snapshot),
+        policy=ReferencePolicy(tuple(options.allow_path), options.trust_references),
+        warn=lambda line: say(PROGRAM, line),
+    )
+    try:
+        chosen = device if options.partition is None else select_partition(device, options.partition, options.image)
+        return select_range(chosen, options.offset, options.size)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _snapshot_name(text: str | None) -> str | None:
+    """qemu-nbd also spells it snapshot.id=ID or snapshot.name=NAME."""
+    return text and text.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
+
+
+def _listen(options: argparse.Namespace) -> tuple[list[socket.socket], bool]:
+    """The listening sockets, and whether someone else had opened them for us."""
+    from nbdserve.server.listen import DEFAULT_PORT, ListenError, activated_sockets, listen_tcp, listen_unix
+
+    handed_over = activated_sockets()
+    if handed_over:
+        if options.socket is not None or options.port is not None or options.bind is not None:
+            raise ListenError("the caller has opened the socket (LISTEN_FDS): leave --port, --bind and --socket out")
+        return handed_over, True
+    if options.socket is not None:
+        return [listen_unix(options.socket)], False
+    port = DEFAULT_PORT if options.port is None else options.port
+    return listen_tcp(options.bind or "localhost", port), False
+
+
+def _close_listeners(options: argparse.Namespace, listeners: list[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
+    if options.socket is not None:
+        Path(options.socket).unlink(missing_ok=True)
+
+
+def _warn_if_exposed(options: argparse.Namespace, listeners: list[socket.socket]) -> None:
+    from nbdserve.server.listen import is_beyond_loopback
+
+    if _tls_mode(options) != "require" and any(is_beyond_loopback(listener) for listener in listeners):
+        say(PROGRAM, "warning: other machines can reach this server without encryption; see --tls-certs")
+
+
+def _tls_mode(options: argparse.Namespace) -> str:
+    return str(options.tls or ("require" if options.tls_certs else "off"))
+
+
+def _run_server(
+    options: argparse.Namespace, device: BlockDevice, listeners: list[socket.socket], activated: bool
+) -> None:
+    import trio
+
+    from nbdserve.protocol.handshake_server import TlsMode
+    from nbdserve.server.connection import Policy
+    from nbdserve.server.exports import Export, ExportTable
+    from nbdserve.server.listen import nbd_uri
+    from nbdserve.server.serving import WORKER_THREADS, Server
+
+    mode = TlsMode(_tls_mode(options))
+    context = None
+    if mode is not TlsMode.OFF:
+        from nbdserve.tls import server_context
+
+        context = server_context(options.tls_certs, verify_peer=options.tls_verify_peer)
+    uri = nbd_uri(listeners[0], options.export_name, tls=mode is TlsMode.REQUIRE)
+    policy = Policy(
+        exports=ExportTable([Export(options.export_name, device, options.description)]),
+        tls=mode,
+        tls_context=context,
+        workers=trio.CapacityLimiter(WORKER_THREADS),
+        report=lambda line: say(PROGRAM, line),
+        debug=(lambda line: say(PROGRAM, line)) if options.verbose else (lambda line: None),
+    )
+
+    def ready() -> None:
+        if not activated:  # then stdout belongs to the command that has started us
+            print(uri, flush=True)
+
+    trio.run(Server(listeners, policy, options.shared).run, ready)

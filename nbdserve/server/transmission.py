@@ -1,0 +1,310 @@
+"""The transmission loop of one connection, with its fast path.
+
+Theory of operation. One receive takes whatever the socket has; every whole request in it is handled before the next
+await; small replies gather in one buffer and leave in one send. What the page cache answers at once is answered right
+here: small reads by preadv (RWF_NOWAIT says whether the disk would be needed) straight into the reply buffer, large
+ones by sendfile, writes into mapped space by pwrite. Everything that may block goes to a worker thread
+(requests.RequestHandler), whose reply is sent when it is ready, so a slow disk stalls only those who wait for it.
+
+Invariants:
+
+- A pin (block.pins) is held from the lookup of an extent until its bytes have been read, written or handed to the
+  socket, so no freed host space is reused under it. Pages that sendfile has queued survive reuse, because formats
+  punch a hole before they reuse space (HostFile.punch_hole).
+- `_sending` is held while bytes of one reply leave, so replies never mix.
+- What waits in worker threads is bounded in number and in bytes; beyond that the client is not read from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import trio
+
+from nbdserve.block import BlockDevice, Data, Extent
+from nbdserve.protocol import replies
+from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, ChunkType, Command, CommandFlags
+from nbdserve.protocol.messages import Agreement
+from nbdserve.protocol.transmission_server import RequestReader
+from nbdserve.server.requests import Payload, RequestHandler
+from nbdserve.server.transport import Transport
+
+_READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
+_DF = int(CommandFlags.DF)
+_OFFSET_DATA = int(ChunkType.OFFSET_DATA)
+
+_REPLY_BYTES = 512 << 10
+_LARGE_READ = 64 << 10  # from here on sendfile beats a copy
+_INLINE_WRITE = 1 << 20  # larger writes are worth a worker thread, so that others get their turn
+
+_TURN = 0.002  # seconds that one connection may keep the loop before it lets others run
+_SPINS = 60  # looks at an empty socket before parking; each costs about a microsecond
+_SOON = 0.0005  # seconds; a client that came back this soon is worth spinning for
+_SLOW_WRITE = 0.02  # seconds; a disk that holds a write up this long gets its writes from threads for a while
+_SLOW_SPELL = 2.0  # seconds
+
+_MAXIMUM_WAITING = 64  # requests of one connection in worker threads
+_MAXIMUM_WAITING_BYTES = 64 << 20
+
+
+class Transmission:
+    """One connection after its handshake.
+
+    Args:
+        transport: the connected socket.
+        device, agreement: what it serves, as agreed.
+        workers: limits how many worker threads the whole server uses.
+        report: told, in one line, of failures that the user of the server should know about.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        device: BlockDevice,
+        agreement: Agreement,
+        workers: trio.CapacityLimiter,
+        report: Callable[[str], None],
+    ) -> None:
+        self._transport = transport
+        self._device = device
+        self._structured = agreement.structured
+        self._handler = RequestHandler(device, agreement, report)
+        self._reader = RequestReader(agreement.export.maximum_block)
+        self._maximum = agreement.export.maximum_block
+        self._workers = workers
+        self._replies = bytearray(_REPLY_BYTES)
+        self._view = memoryview(self._replies)
+        self._sending = trio.Lock()
+        self._parked: trio.CancelScope | None = None
+        self._stopping = False
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._room = trio.Event()
+        self._spins = 0
+        self._writes_wait_until = 0.0
+
+    def stop(self) -> None:
+        """Take no more requests; run() returns when those in flight have been answered."""
+        self._stopping = True
+        if self._parked is not None:
+            self._parked.cancel()
+
+    async def run(self, trailing: bytes) -> None:
+        """Serve until the client leaves or stop() is called.
+
+        Args:
+            trailing: what came in behind the handshake.
+
+        Raises:
+            ProtocolError: the client is out of step.
+            OSError: the connection broke.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            while trailing:
+                space = self._reader.space()
+                count = min(len(space), len(trailing))
+                space[:count] = trailing[:count]
+                trailing = trailing[count:]
+                self._reader.received(count)
+                if await self._serve_batch():
+                    return
+            await self._receive_and_serve()
+
+    async def _receive_and_serve(self) -> None:
+        receive_nowait, reader, clock = self._transport.receive_nowait, self._reader, time.perf_counter
+        turn_ends = clock() + _TURN
+        spins = 0
+        while not self._stopping:
+            try:
+                count = receive_nowait(reader.space())
+            except BlockingIOError:
+                spins += 1
+                if spins > self._spins:
+                    await self._park()
+                    turn_ends = clock() + _TURN
+                    spins = 0
+                continue
+            if not count:
+                return
+            spins = 0
+            reader.received(count)
+            if await self._serve_batch():
+                return
+            if clock() > turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = clock() + _TURN
+
+    async def _park(self) -> None:
+        """Wait for the client; and learn whether it tends to come back so soon that looking again pays."""
+        parked_at = time.perf_counter()
+        with trio.CancelScope() as self._parked:
+            await self._transport.wait_readable()
+        self._parked = None
+        self._spins = _SPINS if time.perf_counter() - parked_at < _SOON else 0
+
+    async def _serve_batch(self) -> bool:
+        """Handle every whole request received; True when the client has said goodbye."""
+        pins = self._device.pins
+        pin = pins.take()
+        try:
+            return await self._handle_requests()
+        finally:
+            pins.drop(pin)
+
+    async def _handle_requests(self) -> bool:
+        size, structured, replies_buffer, view = self._device.size, self._structured, self._replies, self._view
+        locate, preadv, nowait = self._device.locate, os.preadv, os.RWF_NOWAIT
+        pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
+        header = 28 if structured else 16
+        filled = 0
+        for flags, command, cookie, offset, length, payload in self._reader.requests():
+            if command == _READ and 0 < length < _LARGE_READ and offset + length <= size and not flags & ~_DF:
+                if filled + header + length > _REPLY_BYTES:
+                    await self._send_gathered(filled)
+                    filled = 0
+                place = locate(offset, length)
+                if place is not None:
+                    body = filled + header
+                    try:
+                        count = preadv(place[0].fd, [view[body : body + length]], place[1], nowait)
+                    except OSError:
+                        count = -1
+                    if count == length:
+                        if structured:
+                            pack_data(
+                                replies_buffer,
+                                filled,
+                                STRUCTURED_REPLY_MAGIC,
+                                1,
+                                _OFFSET_DATA,
+                                cookie,
+                                8 + length,
+                                offset,
+                            )
+                        else:
+                            pack_simple(replies_buffer, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                        filled = body + length
+                        continue
+            elif command == _WRITE and payload is not None and not flags and self._write_here(offset, payload):
+                if filled + 16 > _REPLY_BYTES:
+                    await self._send_gathered(filled)
+                    filled = 0
+                pack_simple(replies_buffer, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                filled += 16
+                continue
+            elif command == _DISC:
+                await self._send_gathered(filled)
+                return True
+            elif command == _READ and (runs := self._runs_at_hand(flags, offset, length)) is not None:
+                await self._send_gathered(filled, more=True)
+                filled = 0
+                await self._send_runs(cookie, offset, length, runs)
+                continue
+            await self._send_gathered(filled)
+            filled = 0
+            await self._hand_over(flags, command, cookie, offset, length, payload)
+        await self._send_gathered(filled)
+        return False
+
+    def _write_here(self, offset: int, payload: memoryview) -> bool:
+        """Write without leaving the loop if that can be done at once."""
+        if offset + len(payload) > self._device.size or not 0 < len(payload) <= _INLINE_WRITE:
+            return False
+        started = time.perf_counter()
+        if started < self._writes_wait_until:
+            return False
+        try:
+            done = self._device.write_nowait(offset, payload)
+        except OSError:
+            return False  # the worker meets the same error and reports it
+        ended = time.perf_counter()
+        if ended - started > _SLOW_WRITE:
+            self._writes_wait_until = ended + _SLOW_SPELL
+        return done
+
+    # Large reads, from the host's files straight into the socket
+
+    def _runs_at_hand(self, flags: int, offset: int, length: int) -> list[Extent] | None:
+        """The extents of a large read if none of them needs the disk or a computation; None: a worker's job."""
+        if flags & ~_DF or offset + length > self._device.size or not _LARGE_READ <= length <= self._maximum:
+            return None
+        if not self._transport.sends_files:
+            return None
+        runs = []
+        end = offset + length
+        while offset < end:
+            extent = self._device.map_nowait(offset, end - offset)
+            if extent is None:
+                return None
+            if isinstance(extent, Data) and not extent.file.is_cached(extent.host_offset, extent.length):
+                return None
+            runs.append(extent)
+            offset += extent.length
+        return runs if len(runs) == 1 or (self._structured and not flags) else None
+
+    async def _send_runs(self, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
+        header = bytearray(replies.HOLE_CHUNK.size)
+        end = offset + length
+        async with self._sending:
+            for extent in runs:
+                last = offset + extent.length == end
+                if isinstance(extent, Data):
+                    if self._structured:
+                        used = replies.put_data_chunk(header, 0, cookie, offset, extent.length, last)
+                    else:
+                        used = replies.put_simple_reply(header, 0, cookie)
+                    await self._transport.send([memoryview(header)[:used]], more=True)
+                    await self._transport.send_file(extent.file, extent.host_offset, extent.length)
+                elif self._structured:
+                    used = replies.put_hole_chunk(header, 0, cookie, offset, extent.length, last)
+                    await self._transport.send([memoryview(header)[:used]], more=not last)
+                else:
+                    used = replies.put_simple_reply(header, 0, cookie)
+                    await self._transport.send([memoryview(header)[:used], bytes(extent.length)])
+                offset += extent.length
+
+    # Everything else, in worker threads
+
+    async def _hand_over(
+        self, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview | None
+    ) -> None:
+        held: Payload = payload
+        if payload is not None and self._reader.is_borrowed(payload):
+            held = bytes(payload)
+        cost = min(length, self._maximum) if command in (_READ, _WRITE) else 0
+        while self._waiting and (
+            self._waiting >= _MAXIMUM_WAITING or self._waiting_bytes + cost > _MAXIMUM_WAITING_BYTES
+        ):
+            self._room = trio.Event()
+            await self._room.wait()
+        self._waiting += 1
+        self._waiting_bytes += cost
+        self._nursery.start_soon(self._answer, cost, flags, command, cookie, offset, length, held)
+
+    async def _answer(
+        self, cost: int, flags: int, command: int, cookie: int, offset: int, length: int, payload: Payload
+    ) -> None:
+        reply = await trio.to_thread.run_sync(
+            self._handler.handle, flags, command, cookie, offset, length, payload, limiter=self._workers
+        )
+        async with self._sending:
+            await self._transport.send(reply)
+        self._waiting -= 1
+        self._waiting_bytes -= cost
+        self._room.set()
+
+    async def _send_gathered(self, filled: int, *, more: bool = False) -> None:
+        """Send the first `filled` bytes of the reply buffer."""
+        if not filled:
+            return
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            await self._transport.send([self._view[:filled]], more=more)
+        finally:
+            self._sending.release()
