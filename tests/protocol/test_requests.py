@@ -189,3 +189,12 @@ def test_any_bytes_lead_to_requests_an_error_or_a_wait(data: bytes, pieces: list
 def test_a_capacity_that_could_stall() -> None:
     with pytest.raises(ValueError, match="too small"):
         RequestReader(capacity=LARGE_PAYLOAD)
+
+
+@pytest.mark.parametrize("size", [100, 4096, LARGE_PAYLOAD - 1, LARGE_PAYLOAD, 100_000])
+@pytest.mark.parametrize("piece", [1 << 20, 50_000])
+def test_a_long_stream_of_writes_that_end_anywhere_in_the_buffer(size: int, piece: int) -> None:
+    payloads = [bytes([cookie]) * size for cookie in range(1 + 600_000 // size % 250)]
+    stream = b"".join(write(cookie, payload) for cookie, payload in enumerate(payloads))
+    seen = receive(RequestReader(MAXIMUM, CAPACITY), stream * 2, forever([piece]))
+    assert [payload for *_, payload in seen] == payloads * 2
