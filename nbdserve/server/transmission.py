@@ -11,7 +11,7 @@ Invariants:
 - A pin (block.pins) is held from the lookup of an extent until its bytes have been read, written or handed to the
   socket, so no freed host space is reused under it. Pages that sendfile has queued survive reuse, because formats
   punch a hole before they reuse space (HostFile.punch_hole).
-- `_sending` is held while bytes of one reply leave, so replies never mix.
+- The socket is claimed (_claim_socket) while the bytes of one reply leave, so replies never mix.
 - What waits in worker threads is bounded in number and in bytes; beyond that the client is not read from.
 """
 
@@ -76,7 +76,8 @@ class Transmission:
         self._workers = workers
         self._replies = bytearray(_REPLY_BYTES)
         self._view = memoryview(self._replies)
-        self._sending = trio.Lock()
+        self._socket_taken = False
+        self._socket_queue = trio.lowlevel.ParkingLot()
         self._parked: trio.CancelScope | None = None
         self._stopping = False
         self._waiting = 0
@@ -248,7 +249,8 @@ class Transmission:
     async def _send_runs(self, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
         header = bytearray(replies.HOLE_CHUNK.size)
         end = offset + length
-        async with self._sending:
+        await self._claim_socket()
+        try:
             for extent in runs:
                 last = offset + extent.length == end
                 if isinstance(extent, Data):
@@ -265,6 +267,8 @@ class Transmission:
                     used = replies.put_simple_reply(header, 0, cookie)
                     await self._transport.send([memoryview(header)[:used], bytes(extent.length)])
                 offset += extent.length
+        finally:
+            self._release_socket()
 
     # Everything else, in worker threads
 
@@ -290,8 +294,11 @@ class Transmission:
         reply = await trio.to_thread.run_sync(
             self._handler.handle, flags, command, cookie, offset, length, payload, limiter=self._workers
         )
-        async with self._sending:
+        await self._claim_socket()
+        try:
             await self._transport.send(reply)
+        finally:
+            self._release_socket()
         self._waiting -= 1
         self._waiting_bytes -= cost
         self._room.set()
@@ -300,11 +307,21 @@ class Transmission:
         """Send the first `filled` bytes of the reply buffer."""
         if not filled:
             return
-        try:
-            self._sending.acquire_nowait()
-        except trio.WouldBlock:
-            await self._sending.acquire()
+        await self._claim_socket()
         try:
             await self._transport.send([self._view[:filled]], more=more)
         finally:
-            self._sending.release()
+            self._release_socket()
+
+    # Who may send. trio.Lock takes a turn through the scheduler even when it is free, which costs more than a read.
+
+    async def _claim_socket(self) -> None:
+        if self._socket_taken:
+            await self._socket_queue.park()
+        self._socket_taken = True
+
+    def _release_socket(self) -> None:
+        if self._socket_queue:
+            self._socket_queue.unpark()  # it stays taken: handed over, so that nobody waits forever
+        else:
+            self._socket_taken = False
