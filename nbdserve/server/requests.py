@@ -82,7 +82,7 @@ class RequestHandler:
         allowed = _ALLOWED_FLAGS.get(command)  # type: ignore[call-overload]
         if allowed is None:
             raise RequestError(ErrorCode.EINVAL, f"command {command} is not known here")
-        if flags & ~allowed:
+        if flags & ~int(allowed):  # ~ of an IntFlag forgets the bits that have no name
             raise RequestError(ErrorCode.EINVAL, f"flags {flags:#x} do not fit command {command}")
         device = self._device
         if command == Command.FLUSH:

@@ -1,0 +1,239 @@
+"""A Linux guest small enough to boot in a test: Debian's kernel, busybox, and a root disk that lies behind NBD.
+
+The kernel starts /init in an initrd made here. That loads the disk's drivers, mounts the device that `root=` names and
+changes over to /sbin/init *on the disk*, which does some work there, says `GUEST_DONE` on the console and powers off.
+After the change everything the guest runs, reads and writes passes through the NBD server.
+
+Neither root's rights, nor a mount, nor KVM is used: mke2fs fills the file system from a directory, debugfs reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PROGRAMS = ("qemu-system-x86_64", "busybox", "mke2fs", "e2fsck", "debugfs")
+"""What this module calls. Debian keeps the last three in /usr/sbin, off an ordinary user's PATH: see `find_program`."""
+
+GUEST_DONE = "guest: all is written, powering off"
+
+BOOT_SECONDS = 90.0
+"""A boot takes a few seconds on an idle machine; a guest that has not powered off by now is stuck."""
+
+_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+_DECOMPRESSORS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+
+# Runs in the initrd. /proc/cmdline is read because the kernel keeps root= to itself. The disk is there as soon as the
+# driver is loaded, but its partitions are read behind insmod's back.
+_INITRD_INIT = """\
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do insmod $module; done
+for word in $(cat /proc/cmdline); do
+    case $word in root=*) root=${word#root=} ;; esac
+done
+for attempt in 1 2 3 4 5 6 7 8 9 10; do
+    [ -b $root ] && break
+    sleep 1
+done
+mount -t ext4 $root /root && umount /proc && mount --move /dev /root/dev && exec switch_root /root /sbin/init
+echo "guest: cannot start from $root"
+poweroff -f
+"""
+
+# Runs from the disk. `token` is on the kernel's command line: what the kernel does not know it puts into init's
+# environment. The copy is compared after the page cache is dropped, so that it is read back from the server. Mounting
+# read-only empties the journal: afterwards the files can be read from the image without a replay.
+_DISK_INIT = f"""\
+#!/bin/sh
+PATH=/bin
+set -e
+mount -t proc proc /proc
+cp /bin/busybox /copy
+sync
+echo 3 > /proc/sys/vm/drop_caches
+cmp /bin/busybox /copy
+rm /litter
+sync
+fstrim /
+echo "$token" > /token
+mount -o remount,ro /
+echo "{GUEST_DONE}"
+poweroff -f
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An installed kernel: its image and the modules that belong to it."""
+
+    image: Path
+    modules: Path
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program, looked for in the administrator's directories too."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+
+
+def find_kernel() -> Kernel | None:
+    """The newest kernel in /boot that this user may read and whose modules are installed."""
+    kernels = [
+        Kernel(image, modules)
+        for image in Path("/boot").glob("vmlinuz-*")
+        if os.access(image, os.R_OK)
+        and (modules := Path("/lib/modules") / image.name.removeprefix("vmlinuz-")).is_dir()
+    ]
+    return max(kernels, key=lambda kernel: _version(kernel.modules.name), default=None)
+
+
+def what_is_missing() -> str | None:
+    """Why no guest can run here, in words for pytest.skip; None if one can."""
+    if platform.machine() != "x86_64":
+        return "the guest is an x86-64 one, with this machine's own kernel"
+    for program in PROGRAMS:
+        if find_program(program) is None:
+            return f"{program} is not installed"
+    if not _is_static(_busybox()):
+        return "busybox is linked dynamically: the guest has no libraries (Debian: install busybox-static)"
+    if find_kernel() is None:
+        return "no kernel in /boot is readable and has its modules in /lib/modules"
+    return None
+
+
+def build_initrd(path: Path, kernel: Kernel) -> None:
+    """Write an initrd for `kernel`: busybox, /init, and the modules for a virtio disk with ext4 in loading order."""
+    files: list[tuple[str, bytes | None]] = [(name, None) for name in ("bin", "dev", "modules", "proc", "root")]
+    files += [("init", _INITRD_INIT.encode()), ("bin/busybox", _busybox().read_bytes())]
+    for number, module in enumerate(_modules_in_loading_order(kernel)):
+        name = module.name.partition(".")[0]
+        files.append((f"modules/{number:02}-{name}.ko", _read_module(module)))
+    path.write_bytes(b"".join(_cpio_entries(files)))
+
+
+def build_root_disk(path: Path, *, size_mib: int = 64) -> None:
+    """Write a raw image of a bare ext4 file system whose /sbin/init is described at the top of this file."""
+    tree = path.with_suffix(".tree")
+    for directory in ("bin", "dev", "proc", "sbin"):
+        (tree / directory).mkdir(parents=True)
+    shutil.copy(_busybox(), tree / "bin/busybox")
+    for applet in ("sh", "mount", "cp", "sync", "cmp", "rm", "fstrim", "poweroff"):
+        (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "litter").write_bytes(b"to be discarded\n" * (4 << 16))
+    init = tree / "sbin/init"
+    init.write_text(_DISK_INIT)
+    init.chmod(0o755)
+    _run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree), str(path), f"{size_mib}M")
+    shutil.rmtree(tree)
+
+
+def run_guest(kernel: Kernel, initrd: Path, disk: Sequence[str], *, token: str, root: str = "/dev/vda") -> str:
+    """Boot, wait until the guest has powered off, and return what it wrote on its console.
+
+    Args:
+        disk: QEMU's arguments for the disk (-drive, -blockdev, -device, -object ...).
+        token: a word; the guest writes it to /token.
+
+    Error handling:
+        AssertionError with the end of the console if the guest did not reach `GUEST_DONE` in `BOOT_SECONDS`.
+    """
+    command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-no-reboot"]
+    command += ["-display", "none", "-serial", "stdio", "-kernel", str(kernel.image), "-initrd", str(initrd)]
+    # panic=-1 with -no-reboot: a guest that panics ends QEMU at once.
+    command += ["-append", f"console=ttyS0 loglevel=4 panic=-1 root={root} token={token}", *disk]
+    try:
+        process = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=BOOT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:
+        console, ending = expired.stdout or b"", f"was still running after {BOOT_SECONDS:.0f} s"
+    else:
+        console, ending = process.stdout, f"ended with status {process.returncode}"
+    text = console.decode(errors="replace").replace("\r\n", "\n")
+    assert GUEST_DONE in text and ending == "ended with status 0", f"QEMU {ending}; its console:\n{text[-3000:]}"
+    return text
+
+
+def read_file(disk: Path, name: str) -> bytes:
+    """A file's contents, out of a raw image of a bare ext4 file system."""
+    return _run("debugfs", "-R", f"cat {name}", str(disk))
+
+
+def check_file_system(disk: Path) -> None:
+    """Let e2fsck judge a raw image of a bare ext4 file system, without changing it."""
+    _run("e2fsck", "-f", "-n", str(disk))
+
+
+def _run(program: str, *arguments: str) -> bytes:
+    command = [find_program(program) or program, *arguments]
+    process = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert process.returncode == 0, f"{program} {' '.join(arguments)}: {process.stdout!r} {process.stderr!r}"
+    return process.stdout
+
+
+def _busybox() -> Path:
+    path = find_program("busybox")
+    assert path, "busybox is not installed"
+    return Path(path)
+
+
+def _is_static(program: Path) -> bool:
+    # A dynamic program names the loader by its whole path in PT_INTERP; a static glibc has only the bare name in it.
+    return b"/ld-linux" not in program.read_bytes() and b"/ld-musl" not in program.read_bytes()
+
+
+def _version(release: str) -> list[tuple[int, str]]:
+    """A sort key that puts 6.1.0-10 after 6.1.0-9."""
+    return [(int(number or 0), text) for number, text in re.findall(r"(\d+)|(\D+)", release)]
+
+
+def _modules_in_loading_order(kernel: Kernel) -> list[Path]:
+    """The files of `_MODULES` and all they depend on, each after those it needs; built-in ones have no file."""
+    dependencies: dict[str, list[str]] = {}
+    for line in (kernel.modules / "modules.dep").read_text().splitlines():
+        module, _, needed = line.partition(":")
+        dependencies[module] = needed.split()
+    by_name = {Path(module).name.partition(".")[0].replace("-", "_"): module for module in dependencies}
+
+    order: dict[str, None] = {}
+    for name in _MODULES:
+        if wanted := by_name.get(name):
+            # modules.dep(5) lists what a module needs with the first to load last.
+            order.update(dict.fromkeys([*reversed(dependencies[wanted]), wanted]))
+    return [kernel.modules / file for file in order]
+
+
+def _read_module(path: Path) -> bytes:
+    """The module as busybox's insmod wants it, without the compression a distribution may have chosen."""
+    if path.suffix in _DECOMPRESSORS:
+        return _run(_DECOMPRESSORS[path.suffix], "-dc", str(path))
+    return path.read_bytes()
+
+
+def _cpio_entries(files: Iterable[tuple[str, bytes | None]]) -> Iterable[bytes]:
+    """An archive in cpio's "newc" format, as Documentation/driver-api/early-userspace/buffer-format.rst has it.
+
+    Args:
+        files: a name and contents each, None for a directory; everything is executable and belongs to root.
+    """
+    for inode, (name, contents) in enumerate([*files, ("TRAILER!!!", b"")], start=1):
+        mode, links = (0o040755, 2) if contents is None else (0o100755, 1)
+        data = contents or b""
+        encoded = name.encode() + b"\0"
+        fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, 0, 0, len(encoded), 0)
+        header = b"070701" + b"".join(b"%08x" % field for field in fields)
+        yield header + encoded + bytes(-(len(header) + len(encoded)) % 4)
+        yield data + bytes(-len(data) % 4)
