@@ -100,8 +100,7 @@ class DynamicDisk(MappedImage):
 
     def reserve(self, offset: int, length: int) -> Reservation:
         # Blocks may lie anywhere: data in whole pages spares the host from reading before it can write.
-        align = min(_PAGE, self.cluster_size)
-        place = -(-(self._next + self._bitmap_size) // align) * align
+        place = -(-(self._next + self._bitmap_size) // _PAGE) * _PAGE
         bitmap = place - self._bitmap_size
         if bitmap // SECTOR > _LAST_SECTOR:
             raise OSError(

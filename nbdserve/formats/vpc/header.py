@@ -17,6 +17,7 @@ from nbdserve.formats.vpc import COOKIE, FOOTER_SIZE, checksum
 
 SECTOR = 512
 MAX_SECTORS = 0xFF000000  # 2040 GiB: what Microsoft's tools and QEMU take
+MIN_BLOCK_SIZE = 8 * SECTOR  # in smaller ones QEMU sees no bitmap where the specification has one
 MAX_BLOCKS = 1 << 22  # a table of 16 MiB: the largest disk in blocks of 512 KiB
 HEADER_SIZE = 1024
 _HEADER_COOKIE = b"cxsparse"
@@ -24,7 +25,7 @@ _HEADER_CHECKSUM = slice(36, 40)
 
 # Creators whose disks are as long as the footer's current size says. All others, Virtual PC first, mean what the
 # geometry gives, unless that is the largest geometry there is and so says nothing.
-_SIZE_IS_EXACT = (b"win ", b"qem2", b"d2v ", b"CTXS", b"tap")
+_SIZE_IS_EXACT = (b"win ", b"qem2", b"d2v ", b"CTXS", b"tap\0")
 _LARGEST_GEOMETRY = 65535 * 16 * 255
 
 _FOOTER = Struct(  # "Hard Disk Footer Format"
@@ -141,6 +142,8 @@ class Layout:
     ) -> Layout:
         if block_size < SECTOR or block_size & (block_size - 1):
             raise FormatError(f"{name}: the block size {block_size} is not a power of two of at least {SECTOR} bytes")
+        if block_size < MIN_BLOCK_SIZE:
+            raise Unsupported(f"{name}: blocks of {block_size} bytes are not handled, {MIN_BLOCK_SIZE} is the least")
         blocks = -(-size // block_size)
         if blocks > entries:
             raise FormatError(f"{name}: the block table has {entries} entries, but the disk has {blocks} blocks")
