@@ -93,11 +93,9 @@ class HostFile:
 
     def write(self, offset: int, data: ReadBuffer) -> None:
         """Write all of data at offset."""
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(self.fd, view, offset)
-            view = view[count:]
-            offset += count
+        done = os.pwrite(self.fd, data, offset)
+        while done < len(data):
+            done += os.pwrite(self.fd, memoryview(data)[done:], offset + done)
 
     def write_all(self, offset: int, pieces: Sequence[ReadBuffer]) -> None:
         """Write the pieces one behind the other, in one system call where the kernel takes them at once."""
@@ -161,16 +159,21 @@ class HostFile:
             return True, min(stop, end) - offset
         return True, min(self._data_end, end) - offset
 
+    def is_known_data(self, offset: int, length: int) -> bool:
+        """Whether data_extent() has lately found the range to hold no hole; a cheap look that asks nobody."""
+        return self._data_start <= offset and offset + length <= self._data_end
+
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether the page cache seems to hold the range, by looking at one byte in every 256 KiB and the last one.
 
         For sendfile, which has no way to ask. A wrong yes costs one wait for the disk, no more.
         """
-        probe = bytearray(1)
+        probe = [bytearray(1)]
         last = offset + length - 1
         try:
-            for position in (*range(offset, last, 1 << 18), last):
-                os.preadv(self.fd, [probe], position, os.RWF_NOWAIT)
+            for position in range(offset, last, 1 << 18):
+                os.preadv(self.fd, probe, position, os.RWF_NOWAIT)
+            os.preadv(self.fd, probe, last, os.RWF_NOWAIT)
         except OSError:
             return False
         return True

@@ -15,6 +15,7 @@ from nbdserve.block.extents import Data, Extent, HostOffset, Zero
 from nbdserve.block.file import HostFile, ReadBuffer
 
 _SECTOR = 512
+_WORTH_A_HOLE = 64 << 10  # bytes; shorter reads are served as data without asking the host for holes
 
 
 class RawImage(BlockDevice):
@@ -43,6 +44,8 @@ class RawImage(BlockDevice):
         return self.map(offset, length)
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
+        if length >= _WORTH_A_HOLE and not self.file.is_known_data(offset, length):
+            return None
         return self.file, HostOffset(offset)
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import trio
 
-from nbdserve.block import BlockDevice, Data, Extent
+from nbdserve.block import BlockDevice, Data, Extent, HostFile
 from nbdserve.protocol import replies
 from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, ChunkType, Command, CommandFlags
 from nbdserve.protocol.messages import Agreement
@@ -34,9 +34,11 @@ from nbdserve.server.transport import Transport
 _READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
 _DF = int(CommandFlags.DF)
 _OFFSET_DATA = int(ChunkType.OFFSET_DATA)
+_CHUNK_MAGIC = STRUCTURED_REPLY_MAGIC
 
-_REPLY_BYTES = 512 << 10
 _LARGE_READ = 64 << 10  # from here on sendfile beats a copy
+_GATHERED = 384 << 10  # bytes of small replies that leave without waiting for more
+_REPLY_BYTES = _GATHERED + 2 * _LARGE_READ
 _INLINE_WRITE = 1 << 20  # larger writes are worth a worker thread, so that others get their turn
 
 _TURN = 0.002  # seconds that one connection may keep the loop before it lets others run
@@ -74,8 +76,7 @@ class Transmission:
         self._reader = RequestReader(agreement.export.maximum_block)
         self._maximum = agreement.export.maximum_block
         self._workers = workers
-        self._replies = bytearray(_REPLY_BYTES)
-        self._view = memoryview(self._replies)
+        self._view = memoryview(bytearray(_REPLY_BYTES))
         self._socket_taken = False
         self._socket_queue = trio.lowlevel.ParkingLot()
         self._parked: trio.CancelScope | None = None
@@ -156,54 +157,52 @@ class Transmission:
             pins.drop(pin)
 
     async def _handle_requests(self) -> bool:
-        size, structured, replies_buffer, view = self._device.size, self._structured, self._replies, self._view
-        locate, preadv, nowait = self._device.locate, os.preadv, os.RWF_NOWAIT
+        size, maximum, structured, view = self._device.size, self._maximum, self._structured, self._view
+        locate, preadv, nowait, sends_files = self._device.locate, os.preadv, os.RWF_NOWAIT, self._transport.sends_files
         pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
-        header = 28 if structured else 16
-        filled = 0
+        header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
+        filled = 0  # bytes of replies gathered in view
         for flags, command, cookie, offset, length, payload in self._reader.requests():
-            if command == _READ and 0 < length < _LARGE_READ and offset + length <= size and not flags & ~_DF:
-                if filled + header + length > _REPLY_BYTES:
-                    await self._send_gathered(filled)
-                    filled = 0
-                place = locate(offset, length)
-                if place is not None:
-                    body = filled + header
-                    try:
-                        count = preadv(place[0].fd, [view[body : body + length]], place[1], nowait)
-                    except OSError:
-                        count = -1
-                    if count == length:
-                        if structured:
-                            pack_data(
-                                replies_buffer,
-                                filled,
-                                STRUCTURED_REPLY_MAGIC,
-                                1,
-                                _OFFSET_DATA,
-                                cookie,
-                                8 + length,
-                                offset,
-                            )
+            if filled > _GATHERED:
+                await self._send_gathered(filled)
+                filled = 0
+            if command == _READ:
+                if offset + length <= size and 0 < length <= maximum and not flags & ~_DF:
+                    place = locate(offset, length)
+                    if place is not None:
+                        file, host_offset = place
+                        body = filled + header
+                        if length < _LARGE_READ:
+                            try:
+                                at_hand = preadv(file.fd, [view[body : body + length]], host_offset, nowait) == length
+                            except OSError:  # needs the disk, or fails: a worker finds out
+                                at_hand = False
                         else:
-                            pack_simple(replies_buffer, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-                        filled = body + length
+                            at_hand = sends_files and file.is_cached(host_offset, length)
+                        if at_hand:
+                            if structured:
+                                pack_data(view, filled, _CHUNK_MAGIC, 1, _OFFSET_DATA, cookie, 8 + length, offset)
+                            else:
+                                pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                            if length < _LARGE_READ:
+                                filled = body + length
+                            else:
+                                await self._send_with_file(body, file, host_offset, length)
+                                filled = 0
+                            continue
+                    elif (runs := self._runs_at_hand(flags, offset, length)) is not None:
+                        await self._send_gathered(filled, more=True)
+                        filled = 0
+                        await self._send_runs(cookie, offset, length, runs)
                         continue
-            elif command == _WRITE and payload is not None and not flags and self._write_here(offset, payload):
-                if filled + 16 > _REPLY_BYTES:
-                    await self._send_gathered(filled)
-                    filled = 0
-                pack_simple(replies_buffer, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-                filled += 16
-                continue
+            elif command == _WRITE:
+                if payload is not None and not flags and self._write_here(offset, payload):
+                    pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                    filled += replies.SIMPLE_REPLY.size
+                    continue
             elif command == _DISC:
                 await self._send_gathered(filled)
                 return True
-            elif command == _READ and (runs := self._runs_at_hand(flags, offset, length)) is not None:
-                await self._send_gathered(filled, more=True)
-                filled = 0
-                await self._send_runs(cookie, offset, length, runs)
-                continue
             await self._send_gathered(filled)
             filled = 0
             await self._hand_over(flags, command, cookie, offset, length, payload)
@@ -230,9 +229,7 @@ class Transmission:
 
     def _runs_at_hand(self, flags: int, offset: int, length: int) -> list[Extent] | None:
         """The extents of a large read if none of them needs the disk or a computation; None: a worker's job."""
-        if flags & ~_DF or offset + length > self._device.size or not _LARGE_READ <= length <= self._maximum:
-            return None
-        if not self._transport.sends_files:
+        if length < _LARGE_READ or not self._transport.sends_files:
             return None
         runs = []
         end = offset + length
@@ -245,6 +242,15 @@ class Transmission:
             runs.append(extent)
             offset += extent.length
         return runs if len(runs) == 1 or (self._structured and not flags) else None
+
+    async def _send_with_file(self, filled: int, file: HostFile, offset: int, length: int) -> None:
+        """Send what is gathered, the last of it the head of a reply whose data lies in the file."""
+        await self._claim_socket()
+        try:
+            await self._transport.send([self._view[:filled]], more=True)
+            await self._transport.send_file(file, offset, length)
+        finally:
+            self._release_socket()
 
     async def _send_runs(self, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
         header = bytearray(replies.HOLE_CHUNK.size)
