@@ -20,6 +20,7 @@ ReadBuffer: TypeAlias = bytes | bytearray | memoryview
 WriteBuffer: TypeAlias = bytearray | memoryview
 
 _PAGE = 4096
+_TMPFS_MAGIC = 0x01021994
 _ZEROS = bytes(1 << 20)
 
 # fallocate(2), include/uapi/linux/falloc.h
@@ -37,6 +38,8 @@ class HostFile:
         name: the path as it was given, for messages.
         writable: whether it was opened for writing.
         is_device: whether it is a block device rather than a regular file.
+        nowait: flags for os.preadv() that make it fail rather than wait for the disk: RWF_NOWAIT, or 0 where the file
+            lies in memory (tmpfs does not know the flag).
     """
 
     def __init__(self, fd: int, name: str, *, writable: bool) -> None:
@@ -44,6 +47,7 @@ class HostFile:
         self.name = name
         self.writable = writable
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.nowait = _nowait_flags(fd)
         self._data_start = self._data_end = 0
 
     @classmethod
@@ -172,8 +176,8 @@ class HostFile:
         last = offset + length - 1
         try:
             for position in range(offset, last, 1 << 18):
-                os.preadv(self.fd, probe, position, os.RWF_NOWAIT)
-            os.preadv(self.fd, probe, last, os.RWF_NOWAIT)
+                os.preadv(self.fd, probe, position, self.nowait)
+            os.preadv(self.fd, probe, last, self.nowait)
         except OSError:
             return False
         return True
@@ -214,6 +218,23 @@ def _why_not_opened(name: str, error: OSError, writable: bool) -> str:
             return f"{name}: this is a directory; give the path of a disk image"
         case _:
             return f"{name}: {error.strerror}"
+
+
+def _nowait_flags(fd: int) -> int:
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP and _lies_in_memory(fd):
+            return 0
+    return os.RWF_NOWAIT
+
+
+def _lies_in_memory(fd: int) -> bool:
+    """Whether the file lies on tmpfs (statfs(2))."""
+    import ctypes
+
+    status = (ctypes.c_long * 32)()  # struct statfs begins with f_type, a long on the systems that have 64-bit files
+    return ctypes.CDLL(None).fstatfs(fd, status) == 0 and status[0] == _TMPFS_MAGIC
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Theory of operation. One receive takes whatever the socket has; every whole request in it is handled before the next
 await; small replies gather in one buffer and leave in one send. What the page cache answers at once is answered right
-here: small reads by preadv (RWF_NOWAIT says whether the disk would be needed) straight into the reply buffer, large
+here: small reads by preadv (HostFile.nowait makes it fail where the disk would be needed) straight into the reply buffer, large
 ones by sendfile, writes into mapped space by pwrite. Everything that may block goes to a worker thread
 (requests.RequestHandler), whose reply is sent when it is ready, so a slow disk stalls only those who wait for it.
 
@@ -158,7 +158,7 @@ class Transmission:
 
     async def _handle_requests(self) -> bool:
         size, maximum, structured, view = self._device.size, self._maximum, self._structured, self._view
-        locate, preadv, nowait, sends_files = self._device.locate, os.preadv, os.RWF_NOWAIT, self._transport.sends_files
+        locate, preadv, sends_files = self._device.locate, os.preadv, self._transport.sends_files
         pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
         header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
         filled = 0  # bytes of replies gathered in view
@@ -174,7 +174,9 @@ class Transmission:
                         body = filled + header
                         if length < _LARGE_READ:
                             try:
-                                at_hand = preadv(file.fd, [view[body : body + length]], host_offset, nowait) == length
+                                at_hand = (
+                                    preadv(file.fd, [view[body : body + length]], host_offset, file.nowait) == length
+                                )
                             except OSError:  # needs the disk, or fails: a worker finds out
                                 at_hand = False
                         else:
