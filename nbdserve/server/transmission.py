@@ -2,8 +2,8 @@
 
 Theory of operation. One receive takes whatever the socket has; every whole request in it is handled before the next
 await; small replies gather in one buffer and leave in one send. What the page cache answers at once is answered right
-here: small reads by preadv (HostFile.nowait makes it fail where the disk would be needed) straight into the reply buffer, large
-ones by sendfile, writes into mapped space by pwrite. Everything that may block goes to a worker thread
+here: small reads by preadv straight into the reply buffer (HostFile.nowait makes it fail where the disk would be
+needed), large ones by sendfile, writes into mapped space by pwrite. Everything that may block goes to a worker thread
 (requests.RequestHandler), whose reply is sent when it is ready, so a slow disk stalls only those who wait for it.
 
 Invariants:
