@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-
 needs = pytest.mark.needs
 """needs("qemu-img", ...): the programs a test calls. See tests/conftest.py for what happens without them."""
 

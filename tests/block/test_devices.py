@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from conformance import check_block_device
 
 from nbdserve.block import BlockDevice, Data, HostFile, MemoryDevice, Window, Zero
 from nbdserve.block.pins import Pins
 from nbdserve.errors import OpenError, ReadOnly
 from nbdserve.formats import probe_sectors
 from nbdserve.formats.raw import RawImage
+from tests.conformance import check_block_device
 
 SIZE = 1 << 20
 
