@@ -4,7 +4,7 @@ The chain is a linked list on the disk that anyone may have written: it is follo
 to MAX_LOGICAL of them. All numbers are little-endian counts of 512-byte sectors: the record does not say otherwise, and
 images of disks with larger sectors carry a GPT.
 
-Source: UEFI specification 2.10, section 5.2 (the record); for the numbering, what Linux does (block/partitions/msdos.c).
+Source: UEFI specification 2.10, section 5.2 (the record); for the numbers, what Linux does (block/partitions/msdos.c).
 """
 
 from __future__ import annotations
