@@ -6,6 +6,8 @@ import errno
 import os
 import random
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -247,6 +249,68 @@ def test_a_lost_copy_at_the_start_is_written_again_before_it_is_needed(tmp_path:
     assert not any(image.read_bytes()[:512])
     vhd.open_vhd(image).close()
     assert image.read_bytes() == good
+
+
+@needs("qemu-img")
+def test_threads_that_write_flush_and_zero_at_once(tmp_path: Path) -> None:
+    image = tmp_path / "a.vhd"
+    share, threads = 64 * 4096 + 512, 4  # neighbours share a block
+    image.write_bytes(vhd.dynamic(share * threads, 4096))
+    model = bytearray(share * threads)
+
+    def work(number: int) -> None:
+        chosen = random.Random(number)
+        for step in range(150):
+            offset = number * share + chosen.randrange(share)
+            length = min(chosen.choice((1, 600, 9000)), (number + 1) * share - offset)
+            data = chosen.randbytes(length) if step % 5 else bytes(length)
+            if step % 5:
+                device.write(offset, data)
+            else:
+                device.zero(offset, length)
+            model[offset : offset + length] = data
+            assert device.read(offset, length) == data
+            if step % 50 == 7:
+                device.flush()
+
+    with vhd.open_vhd(image) as device, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    assert qemu_content(image, "vpc") == model
+
+
+def test_flush_does_not_hold_writers_up(tmp_path: Path) -> None:
+    image = tmp_path / "a.vhd"
+    image.write_bytes(vhd.dynamic(4 * 4096, 4096))
+    with vhd.open_vhd(image, file_type=SlowFile) as device:
+        file = device.file  # type: ignore[attr-defined]
+        device.write(0, b"first")
+        with ThreadPoolExecutor(1) as pool:
+            flush = pool.submit(device.flush)
+            assert file.syncing.wait(10)
+            device.write(4096, b"second")
+            assert not flush.done()
+            assert image.read_bytes()[vhd.TABLE_OFFSET :][:8] == b"\xff" * 8  # written only after the sync
+            file.go_on.set()
+            flush.result()
+        after = image.read_bytes()[vhd.TABLE_OFFSET :][:8]
+        assert after[:4] != b"\xff" * 4
+        assert after[4:] == b"\xff" * 4  # came too late for this flush
+    with vhd.open_vhd(image) as device:
+        assert device.read(4096, 6) == b"second"
+
+
+class SlowFile(HostFile):
+    """A host file whose sync says that it has begun and waits to be let go on."""
+
+    def __init__(self, fd: int, name: str, *, writable: bool) -> None:
+        super().__init__(fd, name, writable=writable)
+        self.syncing = threading.Event()
+        self.go_on = threading.Event()
+
+    def sync(self) -> None:
+        self.syncing.set()
+        assert self.go_on.wait(10)
+        super().sync()
 
 
 # Damage
