@@ -162,16 +162,28 @@ class _Chain:
         return path
 
 
-def select_partition(device: BlockDevice, number: int, name: str) -> BlockDevice:
-    """One partition as a disk of its own; `name` is the image's, for messages.
+def select_partition(
+    device: BlockDevice, selector: str, name: str, warn: Callable[[str], None] = lambda line: None
+) -> BlockDevice:
+    """One partition as a disk of its own.
+
+    Args:
+        selector: its number (logical ones from 5), UUID or label.
+        name: the image's, for messages.
+        warn: told, in one line, what is wrong with the partition table besides.
 
     Raises:
         OpenError: there is no such partition; the message lists those there are.
     """
-    from nbdserve.partitions import read_partitions
+    from nbdserve.partitions import find, read_partitions
 
-    table = read_partitions(device)
-    partition = table.find(number)
+    try:
+        table = read_partitions(device)
+        partition = find(table, selector)
+    except OpenError as error:
+        raise type(error)(f"{name}: {error}") from None
+    for remark in table.remarks:
+        warn(f"{name}: {remark}")
     return Window(device, partition.offset, partition.size)
 
 

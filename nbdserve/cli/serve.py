@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     image = result.add_argument_group("the image")
     image.add_argument("-f", "--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
     image.add_argument("-r", "--read-only", action="store_true", help="refuse writes, open nothing for writing")
-    image.add_argument("-P", "--partition", type=int, metavar="N", help="serve only partition N (logical ones from 5)")
+    image.add_argument(
+        "-P", "--partition", metavar="N", help="serve only partition N (logical ones from 5); or its UUID or label"
+    )
     image.add_argument("-o", "--offset", type=byte_size, default=0, metavar="BYTES", help="serve from this offset on")
     image.add_argument("--size", type=byte_size, metavar="BYTES", help="serve only this many bytes")
     image.add_argument(
@@ -120,11 +123,14 @@ def main() -> NoReturn:
 
 def _serve(options: argparse.Namespace) -> None:
     """Open, listen, serve; whatever was opened is closed again, in the reverse order."""
-    device = _open_device(options)
+    warnings: list[str] = []  # shown once all is well: an error has its one line for itself
+    device = _open_device(options, warnings.append)
     try:
         listeners, activated = _listen(options)
-        _warn_if_exposed(options, listeners)
         try:
+            warnings += _exposure(options, listeners)
+            for line in warnings:
+                say(PROGRAM, line)
             _run_server(options, device, listeners, activated)
         finally:
             _close_listeners(options, listeners)
@@ -142,7 +148,7 @@ def _close_after_failure(device: BlockDevice) -> None:
         say(PROGRAM, f"closing the image: {error}")
 
 
-def _open_device(options: argparse.Namespace) -> BlockDevice:
+def _open_device(options: argparse.Namespace, warn: Callable[[str], None]) -> BlockDevice:
     from nbdserve.opening import ReferencePolicy, open_image, select_partition, select_range
 
     device = open_image(
@@ -151,10 +157,12 @@ def _open_device(options: argparse.Namespace) -> BlockDevice:
         read_only=options.read_only,
         snapshot=_snapshot_name(options.snapshot),
         policy=ReferencePolicy(tuple(options.allow_path), options.trust_references),
-        warn=lambda line: say(PROGRAM, line),
+        warn=warn,
     )
     try:
-        chosen = device if options.partition is None else select_partition(device, options.partition, options.image)
+        chosen = device
+        if options.partition is not None:
+            chosen = select_partition(device, options.partition, options.image, warn)
         return select_range(chosen, options.offset, options.size)
     except BaseException:
         device.close()
@@ -188,11 +196,13 @@ def _close_listeners(options: argparse.Namespace, listeners: list[socket.socket]
         Path(options.socket).unlink(missing_ok=True)
 
 
-def _warn_if_exposed(options: argparse.Namespace, listeners: list[socket.socket]) -> None:
+def _exposure(options: argparse.Namespace, listeners: list[socket.socket]) -> list[str]:
+    """The warning that is due when other machines can read everything without a key."""
     from nbdserve.server.listen import is_beyond_loopback
 
-    if _tls_mode(options) != "require" and any(is_beyond_loopback(listener) for listener in listeners):
-        say(PROGRAM, "warning: other machines can reach this server without encryption; see --tls-certs")
+    if _tls_mode(options) == "require" or not any(is_beyond_loopback(listener) for listener in listeners):
+        return []
+    return ["warning: other machines can reach this server without encryption; see --tls-certs"]
 
 
 def _tls_mode(options: argparse.Namespace) -> str:

@@ -48,7 +48,7 @@ def _serving(image: Path, *options: str) -> Iterator[str]:
             line = process.stdout.readline()
             impatience.cancel()
             uri = re.search(r"nbds?://\S+", line)
-            assert uri, f"the server did not tell its URI in {READY_SECONDS:.0f} s, but {line!r}"
+            assert uri, f"no URI in the server's first line, {line!r} (it has {READY_SECONDS:.0f} s to print it)"
             yield uri[0]
             process.terminate()
             assert process.wait(STOP_SECONDS) == 0
