@@ -54,8 +54,7 @@ class Connection:
         self._scope = trio.CancelScope()
 
     def stop(self) -> None:
-        """Let requests in flight finish, then end; a client that still negotiates is told that the server leaves."""
-        self._handshake.shutting_down = True
+        """Let requests in flight finish, then end; a client that still negotiates is left at once."""
         if self._transmission is None:
             self._scope.cancel()
         else:
