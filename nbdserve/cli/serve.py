@@ -6,12 +6,15 @@ import argparse
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
 from nbdserve.block import BlockDevice
 from nbdserve.cli.common import byte_size, run, say
 from nbdserve.errors import NbdserveError
+
+if TYPE_CHECKING:
+    import ssl
 
 PROGRAM = "nbdserve"
 
@@ -124,6 +127,7 @@ def main() -> NoReturn:
 def _serve(options: argparse.Namespace) -> None:
     """Open, listen, serve; whatever was opened is closed again, in the reverse order."""
     warnings: list[str] = []  # shown once all is well: an error has its one line for itself
+    keys = _keys(options)
     device = _open_device(options, warnings.append)
     try:
         listeners, activated = _listen(options)
@@ -131,7 +135,7 @@ def _serve(options: argparse.Namespace) -> None:
             warnings += _exposure(options, listeners)
             for line in warnings:
                 say(PROGRAM, line)
-            _run_server(options, device, listeners, activated)
+            _run_server(options, device, listeners, activated, keys)
         finally:
             _close_listeners(options, listeners)
     except BaseException:
@@ -209,8 +213,21 @@ def _tls_mode(options: argparse.Namespace) -> str:
     return str(options.tls or ("require" if options.tls_certs else "off"))
 
 
+def _keys(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """What TLS needs, checked before anything is opened; None without it."""
+    if _tls_mode(options) == "off":
+        return None
+    from nbdserve.tls import server_context
+
+    return server_context(options.tls_certs, verify_peer=options.tls_verify_peer)
+
+
 def _run_server(
-    options: argparse.Namespace, device: BlockDevice, listeners: list[socket.socket], activated: bool
+    options: argparse.Namespace,
+    device: BlockDevice,
+    listeners: list[socket.socket],
+    activated: bool,
+    keys: ssl.SSLContext | None,
 ) -> None:
     import trio
 
@@ -221,16 +238,11 @@ def _run_server(
     from nbdserve.server.serving import WORKER_THREADS, Server
 
     mode = TlsMode(_tls_mode(options))
-    context = None
-    if mode is not TlsMode.OFF:
-        from nbdserve.tls import server_context
-
-        context = server_context(options.tls_certs, verify_peer=options.tls_verify_peer)
     uri = nbd_uri(listeners[0], options.export_name, tls=mode is TlsMode.REQUIRE)
     policy = Policy(
         exports=ExportTable([Export(options.export_name, device, options.description)]),
         tls=mode,
-        tls_context=context,
+        tls_context=keys,
         workers=trio.CapacityLimiter(WORKER_THREADS),
         report=lambda line: say(PROGRAM, line),
         debug=(lambda line: say(PROGRAM, line)) if options.verbose else (lambda line: None),

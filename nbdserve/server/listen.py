@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import stat
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -125,12 +124,6 @@ def activated_sockets() -> list[socket.socket]:
             raise ListenError(f"descriptor {fd}, handed over by LISTEN_FDS, is no listening stream socket")
         sockets.append(sock)
     return sockets
-
-
-def remove_unix_path(sock: socket.socket) -> None:
-    """Remove the name of a unix socket that listen_unix() made."""
-    with suppress(OSError):
-        os.unlink(sock.getsockname())
 
 
 def nbd_uri(sock: socket.socket, export: str, *, tls: bool) -> str:
