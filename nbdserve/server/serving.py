@@ -47,18 +47,18 @@ class Server:
         """Accept and serve until stop(), SIGTERM or SIGINT.
 
         Args:
-            ready: called once clients can connect.
+            ready: called once clients can connect; what it raises ends the run.
 
         Raises:
             OSError: a device could not be flushed at the end.
         """
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            ready()  # the kernel queues clients already; inside the nurseries a failure would come out in groups
             async with trio.open_nursery() as clients:
                 async with trio.open_nursery() as nursery:
                     for listener in self._listeners:
                         nursery.start_soon(self._accept, listener, clients)
                     nursery.start_soon(self._wait_for_signal, signals)
-                    ready()
                     await self._stop.wait()
                     nursery.cancel_scope.cancel()
                 for listener in self._listeners:
