@@ -24,8 +24,9 @@ def byte_size(text: str) -> int:
 
 
 def say(program: str, line: str) -> None:
-    """One line on stderr."""
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    """One line on stderr; what a terminal would obey, say in a file's name, is shown as an escape."""
+    shown = line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    print(f"{program}: {shown}", file=sys.stderr, flush=True)
 
 
 def run(program: str, command: Callable[[], None]) -> NoReturn:

@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("-k", "--socket", metavar="PATH", help="listen on a unix socket instead")
 
     export = result.add_argument_group("the export")
-    export.add_argument("-x", "--export-name", default="", metavar="NAME", help="default: the empty name")
+    export.add_argument(
+        "-x", "--export-name", type=_export_name, default="", metavar="NAME", help="default: the empty name"
+    )
     export.add_argument("-D", "--description", default="", metavar="TEXT", help="a line for people who list exports")
     export.add_argument(
         "-e", "--shared", type=_count, default=100, metavar="N", help="clients at the same time; default: 100"
@@ -97,6 +99,16 @@ def parser() -> argparse.ArgumentParser:
     )
     tls.add_argument("--tls-verify-peer", action="store_true", help="clients need a certificate that the CA has signed")
     return result
+
+
+def _export_name(text: str) -> str:
+    from nbdserve.protocol.strings import encode
+
+    try:
+        encode(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the name {error}; no client could ask for it") from None
+    return text
 
 
 def _port(text: str) -> int:

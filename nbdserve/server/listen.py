@@ -132,7 +132,7 @@ def nbd_uri(sock: socket.socket, export: str, *, tls: bool) -> str:
     name = quote(export, safe="")
     address = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return f"{scheme}+unix:///{name}?socket={quote(str(Path(address).absolute()), safe='/')}"
+        return f"{scheme}+unix:///{name}?socket={quote(os.fsencode(Path(address).absolute()), safe='/')}"
     host, port = address[:2]
     host = "localhost" if host in ("127.0.0.1", "::1") else f"[{host}]" if ":" in host else host
     where = host if port == DEFAULT_PORT else f"{host}:{port}"
