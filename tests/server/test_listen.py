@@ -95,6 +95,7 @@ def test_addresses_of_others_are_refused() -> None:
         ("s", "disk", "nbd+unix:///disk?socket={}/s"),
         ("a b?c&d=e#f%", "", "nbd+unix:///?socket={}/a%20b%3Fc%26d%3De%23f%25"),
         ("s", "a b/c?d#e%ä", "nbd+unix:///a%20b%2Fc%3Fd%23e%25%C3%A4?socket={}/s"),
+        (os.fsdecode(b"\xff"), "", "nbd+unix:///?socket={}/%FF"),
         ("s", "/", "nbd+unix:///%2F?socket={}/s"),
     ],
 )
