@@ -93,6 +93,7 @@ class Connection:
             policy = self._policy
             self._transmission = Transmission(self._transport, device, agreement, policy.workers, policy.report)
             await self._transmission.run(self._handshake.trailing_data())
+            await self._transport.delivered()
 
     async def _negotiate(self) -> bool:
         """Run the handshake; False when the client ended it."""

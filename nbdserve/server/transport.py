@@ -6,9 +6,11 @@ is nothing to do. Sending awaits only when the kernel takes no more.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import ssl
+import termios
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Protocol
@@ -20,6 +22,7 @@ from nbdserve.block import HostFile
 _BUFFER_BYTES = 4 << 20
 _CIPHERTEXT_BYTES = 1 << 18
 _PLAINTEXT_PIECE = 1 << 20  # what TLS encrypts before it is sent
+_DELIVERY_SECONDS = 5.0
 
 Buffer = bytes | bytearray | memoryview
 
@@ -47,6 +50,10 @@ class Transport(Protocol):
 
     async def send_file(self, file: HostFile, offset: int, length: int) -> None:
         """Send bytes of a file without copying them."""
+        ...
+
+    async def delivered(self) -> None:
+        """Return when the client's host has all that was sent, or after a while: closing earlier could take it back."""
         ...
 
     async def close(self) -> None:
@@ -94,6 +101,14 @@ class PlainTransport:
                 return
             offset += sent
             length -= sent
+
+    async def delivered(self) -> None:
+        if self.sock.family == socket.AF_UNIX:
+            return
+        # TCP answers a close with unread bytes by a reset, and forgets what it has not sent: see tcp_close() in Linux.
+        with trio.move_on_after(_DELIVERY_SECONDS), suppress(OSError):
+            while any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4))):
+                await trio.sleep(0.002)
 
     async def close(self) -> None:
         self.sock.close()
@@ -175,6 +190,9 @@ class TlsTransport:
 
     async def send_file(self, file: HostFile, offset: int, length: int) -> None:
         raise AssertionError("TLS has to see the bytes it encrypts")
+
+    async def delivered(self) -> None:
+        await self._plain.delivered()
 
     async def close(self) -> None:
         with suppress(ssl.SSLError, OSError):
