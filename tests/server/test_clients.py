@@ -225,6 +225,29 @@ def send_writes(client: Wire, offsets: dict[int, int]) -> None:
             client.send(head + pack(">Q", cookie) * 1024)
 
 
+@pytest.mark.parametrize("tls", [False, True])
+def test_sigterm_tears_no_reply(image: Path, certificates: Certificates, tls: bool) -> None:
+    """Over TCP a close with unread requests would reset the connection, and replies under way would be lost."""
+    options = ("--tls", "on", "--tls-certs", certificates.good)
+    context = ssl.create_default_context(cafile=str(certificates.good / "ca-cert.pem")) if tls else None
+    with Served(image, "-f", "raw", *options) as server, connect(server, context) as client:
+        requests = [client.request(wire.READ, number * 4096, 2 * MIB)[1] for number in range(30)]
+        client.send(b"".join(requests[:15]))
+        assert client.reply().error == 0
+        client.send(b"".join(requests[15:]))  # not read while the server waits for us to take the others
+        server.process.terminate()
+        time.sleep(0.3)
+        whole = 1
+        with suppress(ConnectionResetError):
+            while client.sock.recv(1):
+                head = client.receive(19)
+                length = int.from_bytes(head[15:], "big")
+                assert len(client.receive(length)) == length
+                whole += 1
+        assert whole >= 15
+        server.wait()
+
+
 def test_sigterm_with_clients_that_do_nothing(server: Served, tmp_path: Path) -> None:
     with connect(server), connect(server) as stalled, Wire(server.connect()) as silent, Wire(server.connect()) as half:
         stalled.send(stalled.request(wire.WRITE, 0, MIB, payload=bytes(5000))[1])
