@@ -61,7 +61,7 @@ cp /bin/busybox /copy
 sync
 echo 3 > /proc/sys/vm/drop_caches
 cmp /bin/busybox /copy
-rm /litter
+rm -f /litter
 sync
 fstrim /
 echo "$token" > /token
