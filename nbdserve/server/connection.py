@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from nbdserve.errors import ProtocolError
+from nbdserve.errors import NbdserveError, ProtocolError
 from nbdserve.protocol.handshake import HandshakeState
 from nbdserve.protocol.handshake_server import ServerHandshake, TlsMode
 from nbdserve.server.exports import ExportTable
@@ -77,6 +77,8 @@ class Connection:
             debug(f"{self._peer}: TLS failed: {_reason(group.exceptions[0])}")
         except* ProtocolError as group:
             debug(f"{self._peer}: dropped, {group.exceptions[0]}")
+        except* NbdserveError as group:
+            self._policy.report(f"{self._peer}: dropped, {group.exceptions[0]}")
         except* OSError as group:
             debug(f"{self._peer}: connection lost: {group.exceptions[0]}")
         finally:

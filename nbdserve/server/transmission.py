@@ -24,6 +24,7 @@ from collections.abc import Callable
 import trio
 
 from nbdserve.block import BlockDevice, Data, Extent, HostFile
+from nbdserve.errors import NbdserveError
 from nbdserve.protocol import replies
 from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, ChunkType, Command, CommandFlags
 from nbdserve.protocol.messages import Agreement
@@ -220,7 +221,7 @@ class Transmission:
             return False
         try:
             done = self._device.write_nowait(offset, payload)
-        except OSError:
+        except (OSError, NbdserveError):
             return False  # the worker meets the same error and reports it
         ended = time.perf_counter()
         if ended - started > _SLOW_WRITE:
@@ -236,7 +237,10 @@ class Transmission:
         runs = []
         end = offset + length
         while offset < end:
-            extent = self._device.map_nowait(offset, end - offset)
+            try:
+                extent = self._device.map_nowait(offset, end - offset)
+            except (OSError, NbdserveError):
+                return None  # as above
             if extent is None:
                 return None
             if isinstance(extent, Data) and not extent.file.is_cached(extent.host_offset, extent.length):
