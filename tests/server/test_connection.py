@@ -12,8 +12,10 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.block.extents import Extent
 from nbdserve.block.file import ReadBuffer
 from nbdserve.block.memory import MemoryDevice
+from nbdserve.errors import FormatError
 from nbdserve.protocol import TlsMode
 from nbdserve.server.connection import HANDSHAKE_SECONDS, Connection, Policy
 from nbdserve.server.exports import Export, ExportTable
@@ -162,6 +164,53 @@ async def test_stopping_waits_for_requests_in_worker_threads() -> None:
     assert device.read(4096, 512) == b"x" * 512
     assert device.read(8192, 512) == bytes(512)
     assert device.flushes == 1
+
+
+class Damaged(MemoryDevice):
+    """A disk that finds damage wherever it is asked, except in `sound` bytes at the end."""
+
+    sound = 4096
+
+    def _look(self, offset: int, length: int) -> None:
+        if offset < self.size - self.sound:
+            raise FormatError("an entry points outside the file")
+
+    def map(self, offset: int, length: int) -> Extent:
+        self._look(offset, length)
+        return super().map(offset, length)
+
+    def map_nowait(self, offset: int, length: int) -> Extent | None:
+        return self.map(offset, length)
+
+    def write(self, offset: int, data: ReadBuffer) -> None:
+        self._look(offset, len(data))
+        super().write(offset, data)
+
+    def write_nowait(self, offset: int, data: ReadBuffer) -> bool:
+        self.write(offset, data)
+        return True
+
+
+async def test_damage_met_by_one_request_is_its_error_alone() -> None:
+    """Wherever it is found: on the fast path as well as in a worker thread."""
+    log, device, (ours, theirs) = Log(), Damaged(bytearray(4 * MIB)), socket.socketpair()
+    connection = Connection(ours, "a client", log.policy(device))
+    theirs.settimeout(5)
+
+    def ask_for_everything() -> None:
+        with negotiate(theirs) as client:
+            for length in (512, 100_000, 2 * MIB):
+                for command in (wire.READ, wire.BLOCK_STATUS, wire.CACHE, wire.WRITE_ZEROES):
+                    reply = client.ask(command, 0, length)
+                    assert (reply.error, reply.text) == (wire.EIO, "the image is damaged at this place")
+                assert client.write(0, bytes(length)) == wire.EIO
+            assert client.write(4 * MIB - 512, b"x" * 512) == 0
+            assert client.read(4 * MIB - 512, 512) == b"x" * 512
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await trio.to_thread.run_sync(ask_for_everything)
+    assert set(log.reports) == {"an entry points outside the file"}
 
 
 @pytest.fixture
