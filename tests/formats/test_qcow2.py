@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_no_crash_breaks_the_image(tmp_path: Path, cluster_size: int) -> None:
     file.log = log = []
     device = open_qcow2(file, OpenOptions(False, lambda name, format: pytest.fail("no backing")))
     model = device.read(0, device.size)
-    flushed: list[tuple[int, dict[int, set[int]]]] = []  # position in the log, sector -> bytes it may begin with
+    # What each sector may hold after a crash: what it held at the last flush, or anything written since.
     allowed = {sector: {bytes(model[sector * 512 : sector * 512 + 512])} for sector in range(2 * MIB // 512)}
     history = [(0, {key: set(value) for key, value in allowed.items()})]
     for step in range(60):
@@ -245,7 +246,6 @@ def test_no_crash_breaks_the_image(tmp_path: Path, cluster_size: int) -> None:
             allowed = {sector: {bytes(state[sector * 512 : sector * 512 + 512])} for sector in allowed}
             history.append((len(log), {key: set(value) for key, value in allowed.items()}))
     device.close()
-    del flushed
     crash = tmp_path / "crash"
     for _ in range(45):
         stop = rng.randrange(len(log) + 1)
@@ -284,14 +284,10 @@ def test_damaged_images_give_errors_and_nothing_else(tmp_path: Path) -> None:
         if rng.random() < 0.1:
             del content[rng.randrange(len(content)) :]
         broken.write_bytes(content)
-        try:
-            with open_image(broken, format="qcow2") as device:
-                if device.size > 64 * MIB:
-                    continue
+        with suppress(NbdserveError, OSError), open_image(broken, format="qcow2") as device:
+            if device.size <= 64 * MIB:
                 assert len(device.read(0, device.size)) == device.size
                 device.write(0, bytes(device.size // 2))
-        except (NbdserveError, OSError) as error:
-            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def _check_places(header: Header, name: str, length: int) -> None:
         raise FormatError(f"{name}: a refcount table of {table_bytes} bytes; the header is damaged")
     if header.refcount_table_offset & mask or header.refcount_table_offset + table_bytes > length + mask:
         raise FormatError(
-            f"{name}: the refcount table at {header.refcount_table_offset} does not lie inside the file; it is truncated"
+            f"{name}: the refcount table at {header.refcount_table_offset} lies outside the file; it is truncated"
         )
     if header.snapshots > MAXIMUM_SNAPSHOTS:
         raise FormatError(f"{name}: {header.snapshots} snapshots; the header is damaged")

@@ -197,7 +197,9 @@ class Qcow2Image(MappedImage):
         run, extent = self._run(table, slot, last)
         size = min(length, (run << self._bits) - inside)
         if extent is not None:
-            return Data(size, self.file, HostOffset(extent + inside))
+            # Space set aside in advance may be a hole in the host file, which is quicker told than read.
+            is_data, size = self.file.data_extent(extent + inside, size)
+            return Data(size, self.file, HostOffset(extent + inside)) if is_data else Zero(size, allocated=True)
         entry = table[slot]
         if entry & COMPRESSED:
             return Computed(size)
