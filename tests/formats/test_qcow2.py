@@ -56,8 +56,7 @@ def written(image: Path) -> Path:
 def test_content_and_zeros_are_qemus(tmp_path: Path, options: dict[str, str | int], base: str | None) -> None:
     chosen = dict(options)
     if base is not None:
-        if "preallocation" in options:
-            pytest.skip("qemu-img does not preallocate overlays like this")
+        chosen.pop("preallocation", None)  # an overlay has nothing to preallocate
         size = 12 * MIB if base == "longer" else 3 * MIB + 512
         below = qemu_img_create(tmp_path / "base", size, "raw" if base == "raw" else "qcow2")
         qemu_io(below, f"write -P 77 0 {size - 4096}", format="raw" if base == "raw" else "qcow2")
