@@ -173,11 +173,10 @@ def _read_extensions(file: HostFile, position: int, end: int) -> tuple[str | Non
 
 
 def _read_backing_name(file: HostFile, offset: int, size: int, cluster_size: int) -> str | None:
-    if not offset or not size:
-        return None
     if size > _MAXIMUM_BACKING_NAME or offset + size > cluster_size:
         raise FormatError(f"{file.name}: the backing file's name lies outside the header; the header is damaged")
-    return bytes(file.read(offset, size)).decode("utf-8", "surrogateescape")
+    name = bytes(file.read(offset, size)) if offset else b""
+    return name.decode("utf-8", "surrogateescape") or None
 
 
 def _check_features(header: Header, name: str) -> None:
