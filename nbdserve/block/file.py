@@ -48,7 +48,7 @@ class HostFile:
         self.writable = writable
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = _nowait_flags(fd)
-        self._data_start = self._data_end = 0
+        self._data = (0, 0)  # a range known to hold no hole; one tuple, because threads look at it without a lock
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool) -> HostFile:
@@ -130,7 +130,7 @@ class HostFile:
         The pages leave the page cache, so replies that still refer to them (sendfile) keep the old bytes, even when
         the range is written again: that is what makes freed clusters safe to reuse.
         """
-        self._data_start = self._data_end = 0
+        self._data = (0, 0)
         return self._fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
@@ -145,7 +145,8 @@ class HostFile:
         A host that knows no holes says data for all of it. The range must lie inside the file.
         """
         end = offset + length
-        if not self._data_start <= offset < self._data_end:
+        first, stop = self._data
+        if not first <= offset < stop:
             try:
                 start = os.lseek(self.fd, offset, os.SEEK_DATA)
             except OSError as error:
@@ -159,13 +160,13 @@ class HostFile:
             # Only what is data is remembered: writes turn holes into data, but nothing save punch_hole() does
             # the opposite.
             stop = os.lseek(self.fd, offset, os.SEEK_HOLE)
-            self._data_start, self._data_end = offset, stop
-            return True, min(stop, end) - offset
-        return True, min(self._data_end, end) - offset
+            self._data = (offset, stop)
+        return True, min(stop, end) - offset
 
     def is_known_data(self, offset: int, length: int) -> bool:
         """Whether data_extent() has lately found the range to hold no hole; a cheap look that asks nobody."""
-        return self._data_start <= offset and offset + length <= self._data_end
+        first, stop = self._data
+        return first <= offset and offset + length <= stop
 
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether the page cache seems to hold the range, by looking at one byte in every 256 KiB and the last one.
