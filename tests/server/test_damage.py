@@ -89,12 +89,12 @@ def test_a_full_disk_is_answered_with_enospc(tmp_path: Path) -> None:
     image = qemu_img_create(tmp_path / "image", 16 * MIB, "qcow2")
     qemu_io(image, "write -P 1 0 1M")
     with Served(image, "-k", tmp_path / "socket") as server, connect(server) as client:
-        subprocess.run(["prlimit", f"--pid={server.process.pid}", f"--fsize={4 * MIB}"], check=True)
+        subprocess.run(["prlimit", f"--pid={server.process.pid}", f"--fsize={4 * MIB}:"], check=True)
         errors = {client.write(offset, b"\2" * CLUSTER) for offset in range(MIB, 8 * MIB, CLUSTER)}
         assert errors == {0, wire.ENOSPC}
         assert client.read(0, MIB) == b"\1" * MIB
         assert client.read(MIB, CLUSTER) == b"\2" * CLUSTER
-        subprocess.run(["prlimit", f"--pid={server.process.pid}", "--fsize=unlimited"], check=True)
+        subprocess.run(["prlimit", f"--pid={server.process.pid}", "--fsize=unlimited:"], check=True)
         assert client.write(12 * MIB, b"\3" * CLUSTER) == 0
         assert client.ask(wire.FLUSH).error == 0
     qemu_check(image, leaks_allowed=True)
