@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import trio
 
-from nbdserve.block import BlockDevice, Data, Extent, HostFile
+from nbdserve.block import BlockDevice, Computed, Data, Extent, HostFile
 from nbdserve.errors import NbdserveError
 from nbdserve.protocol import replies
 from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, ChunkType, Command, CommandFlags
@@ -241,7 +241,7 @@ class Transmission:
                 extent = self._device.map_nowait(offset, end - offset)
             except (OSError, NbdserveError):
                 return None  # as above
-            if extent is None:
+            if extent is None or isinstance(extent, Computed):
                 return None
             if isinstance(extent, Data) and not extent.file.is_cached(extent.host_offset, extent.length):
                 return None
