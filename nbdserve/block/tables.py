@@ -4,9 +4,9 @@ Two generations stand in for the least-recently-used order: a hit in the recent 
 changes nothing; a hit in the older one moves the table up. When the recent generation is full, it becomes the older one
 and what nobody has asked for since the last time is dropped.
 
-The rule this file keeps: *one table, one object.* A table that has been changed, or is about to be, is pinned; a pinned
-table is never dropped, so nobody can load the stale version of it from the disk. Loading a key excludes loading the same
-key again, so what one thread has read late cannot replace what another has changed since.
+The rule this file keeps: *one table, one object.* A table that has been changed, or is about to be, is pinned; a
+pinned table is never dropped, so nobody can load the stale version of it from the disk. Loading a key excludes loading
+the same key again, so what one thread has read late cannot replace what another has changed since.
 """
 
 from __future__ import annotations
@@ -41,12 +41,7 @@ class TableCache(Generic[Table]):
     def get(self, key: int) -> Table | None:
         """The table if it is in memory; never blocks on a disk."""
         table = self.recent.get(key)
-        if table is None and key in self._older:
-            with self._lock:
-                table = self.recent.get(key) or self._older.get(key)
-                if table is not None:
-                    self._remember(key, table)
-        return table
+        return self._look_again(key) if table is None and key in self._older else table
 
     def get_or_load(self, key: int, load: Callable[[int], Table]) -> Table:
         """The table, read with load() if it is not in memory; what load() raises is passed on."""
@@ -54,12 +49,22 @@ class TableCache(Generic[Table]):
         if table is not None:
             return table
         with self._loading[key % _LOADERS]:
-            table = self.get(key)
+            table = self._look_again(key)  # somebody may have loaded it, or get() looked while the generations changed
             if table is None:
                 table = load(key)
                 with self._lock:
                     self._remember(key, table)
         return table
+
+    def _look_again(self, key: int) -> Table | None:
+        """get() with the lock held, so that no table is overlooked."""
+        with self._lock:
+            table = self.recent.get(key)
+            if table is None:
+                table = self._older.get(key)
+                if table is not None:
+                    self._remember(key, table)
+            return table
 
     def pin(self, key: int, load: Callable[[int], Table]) -> Table:
         """Like get_or_load(), and keep the table in memory from now on."""
@@ -80,7 +85,6 @@ class TableCache(Generic[Table]):
 
     def _remember(self, key: int, table: Table) -> None:
         if len(self.recent) >= max(1, self.capacity // 2) and key not in self.recent:
-            # The order lets readers without the lock miss a table at worst; they ask again with the lock held.
             kept = {old: self._older[old] for old in self._pinned if old in self._older}
             self._older, self.recent = self.recent, kept
         self.recent[key] = table

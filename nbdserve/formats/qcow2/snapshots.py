@@ -1,4 +1,4 @@
-"""Internal snapshots: reading their table (QEMU, docs/interop/qcow2, section "Snapshots")."""
+"""The directory of internal snapshots (specification: "Snapshots")."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from construct import Int16ub, Int32ub, Int64ub, Struct
 
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats.qcow2.header import MAXIMUM_L1_BYTES, Header, l1_entries_for
-
-_MAXIMUM_TABLE = 64 << 20  # bytes; as QEMU
-_MAXIMUM_EXTRA = 1024
+from nbdserve.formats.qcow2.entries import ENTRY_SIZE
+from nbdserve.formats.qcow2.header import MAXIMUM_L1, Header, check_place
 
 _ENTRY = Struct(
-    "l1_offset" / Int64ub,
-    "l1_entries" / Int32ub,
-    "id_size" / Int16ub,
-    "name_size" / Int16ub,
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_length" / Int16ub,
+    "name_length" / Int16ub,
     "seconds" / Int32ub,
     "nanoseconds" / Int32ub,
-    "vm_clock" / Int64ub,
+    "guest_nanoseconds" / Int64ub,
     "vm_state_size" / Int32ub,
     "extra_size" / Int32ub,
 )
+_EXTRA = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub)
+_MAXIMUM_EXTRA = 1024  # bytes, as in QEMU
+_MAXIMUM_DIRECTORY = 64 << 20  # bytes, as in QEMU
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One internal snapshot: its names, the L1 table it keeps, and the size of the disk at that time, in bytes."""
+    """One entry.
+
+    Attributes:
+        l1_offset, l1_entries: where its L1 table lies in bytes, and how many entries it has.
+        size: length of the disk in bytes when the snapshot was taken.
+    """
 
     id: str
     name: str
@@ -38,55 +44,58 @@ class Snapshot:
 
 
 def read_snapshots(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
-    """The snapshots, and where their table ends in the file.
+    """All entries of the directory, in its order, and its length in bytes.
 
     Raises:
-        FormatError: the table or an entry does not lie inside the file.
+        FormatError: the directory, or the place of a snapshot's L1 table, is impossible.
     """
-    found = []
-    position, length = header.snapshots_offset, file.size
-    for _ in range(header.snapshots):
-        if position + _ENTRY.sizeof() > length or position - header.snapshots_offset > _MAXIMUM_TABLE:
-            raise FormatError(f"{file.name}: the snapshot table does not lie inside the file; the image is damaged")
-        entry = _ENTRY.parse(bytes(file.read(position, _ENTRY.sizeof())))
-        if entry.extra_size > _MAXIMUM_EXTRA:
-            raise FormatError(f"{file.name}: a snapshot has {entry.extra_size} bytes of extra data; it is damaged")
-        position += _ENTRY.sizeof()
-        extra = bytes(file.read(position, entry.extra_size))
-        position += entry.extra_size
-        names = bytes(file.read(position, entry.id_size + entry.name_size))
-        position += len(names)
-        position += -position % 8  # entries begin at multiples of eight; the table's own offset is one
-        size = int.from_bytes(extra[8:16], "big") if len(extra) >= 16 else header.size
-        found.append(
-            Snapshot(
-                id=names[: entry.id_size].decode("utf-8", "replace"),
-                name=names[entry.id_size :].decode("utf-8", "replace"),
-                l1_offset=entry.l1_offset,
-                l1_entries=entry.l1_entries,
-                size=size,
-            )
-        )
-    return found, position
+    snapshots: list[Snapshot] = []
+    position = header.snapshots_offset
+    for number in range(header.snapshots):
+        snapshot, length = _read_entry(file, header, number, position)
+        snapshots.append(snapshot)
+        position += length
+        if position - header.snapshots_offset > _MAXIMUM_DIRECTORY:
+            raise FormatError(f"{file.name}: the snapshot table is longer than {_MAXIMUM_DIRECTORY} bytes")
+    return snapshots, position - header.snapshots_offset
 
 
-def find_snapshot(snapshots: list[Snapshot], wanted: str, file: HostFile, header: Header) -> Snapshot:
-    """The snapshot with this ID or, if there is none, this name; its L1 table is checked.
+def _read_entry(file: HostFile, header: Header, number: int, position: int) -> tuple[Snapshot, int]:
+    what = f"entry {number} of the snapshot table"
+    fields = _ENTRY.parse(bytes(file.read(position, _ENTRY.sizeof())))
+    variable = fields.extra_size + fields.id_length + fields.name_length
+    length = -(-(_ENTRY.sizeof() + variable) // 8) * 8
+    if fields.extra_size > _MAXIMUM_EXTRA or position + _ENTRY.sizeof() + variable > file.size:
+        raise FormatError(f"{file.name}: {what} is longer than the file or than is possible; the image is damaged")
+    rest = bytes(file.read(position + _ENTRY.sizeof(), variable))
+    extra, names = rest[: fields.extra_size], rest[fields.extra_size :]
+    size = _EXTRA.parse(extra).disk_size if len(extra) >= _EXTRA.sizeof() else header.size
+    if fields.l1_size * ENTRY_SIZE > MAXIMUM_L1:
+        raise FormatError(f"{file.name}: {what} announces an L1 table of {fields.l1_size} entries")
+    check_place(file, header.geometry, f"L1 table of {what}", fields.l1_table_offset, fields.l1_size * ENTRY_SIZE)
+    snapshot = Snapshot(
+        id=names[: fields.id_length].decode("utf-8", "surrogateescape"),
+        name=names[fields.id_length :].decode("utf-8", "surrogateescape"),
+        l1_offset=fields.l1_table_offset,
+        l1_entries=fields.l1_size,
+        size=size,
+    )
+    return snapshot, length
+
+
+def find_snapshot(file: HostFile, header: Header, wanted: str) -> Snapshot:
+    """The snapshot with an ID or, failing that, a name.
 
     Raises:
-        OpenError: there is none; the message lists those there are.
-        FormatError: its L1 table does not fit the file or the disk.
+        OpenError: there is none.
+        FormatError: its L1 table is too small for its disk.
     """
-    chosen = [each for each in snapshots if each.id == wanted] or [each for each in snapshots if each.name == wanted]
-    if not chosen:
-        names = ", ".join(f"{each.name} (ID {each.id})" for each in snapshots) or "none"
-        raise OpenError(f"{file.name}: no snapshot {wanted!r}; it has: {names}")
-    snapshot = chosen[0]
-    if (
-        snapshot.l1_offset & (header.cluster_size - 1)
-        or 8 * snapshot.l1_entries > MAXIMUM_L1_BYTES
-        or snapshot.l1_offset + 8 * snapshot.l1_entries > file.size
-        or snapshot.l1_entries < l1_entries_for(snapshot.size, header.cluster_bits)
-    ):
-        raise FormatError(f"{file.name}: the L1 table of snapshot {wanted!r} is damaged")
+    snapshots, _ = read_snapshots(file, header)
+    found = [one for one in snapshots if one.id == wanted] or [one for one in snapshots if one.name == wanted]
+    if not found:
+        names = ", ".join(f"{one.name!r} (ID {one.id!r})" for one in snapshots[:20]) or "none at all"
+        raise OpenError(f"{file.name}: no internal snapshot {wanted!r}; the image has {names}")
+    snapshot = found[0]
+    if snapshot.size >= 1 << 63 or snapshot.l1_entries << header.geometry.table_shift < snapshot.size:
+        raise FormatError(f"{file.name}: snapshot {wanted!r} has an L1 table too small for its {snapshot.size} bytes")
     return snapshot

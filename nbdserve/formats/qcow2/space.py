@@ -56,7 +56,9 @@ class HostSpace:
 
     def start_writing(self) -> None:
         """Complete the last cluster of the file; from now on it consists of whole clusters."""
-        self.reach(self._clusters(self.end) << self.geometry.cluster_bits)
+        size = self.geometry.cluster_size
+        self.end = self.end // size * size if self.file.is_device else -(-self.end // size) * size
+        self.file.grow(self.end)
         self.fresh_from = self.end
 
     def reach(self, end: int) -> None:
@@ -69,6 +71,13 @@ class HostSpace:
         end = -(-end // step) * step
         self.file.grow(end)
         self.end = end
+
+    def punch(self, first: int, count: int) -> bool:
+        """Punch free clusters out of the file, to read as zeros; False where that does not work."""
+        try:
+            return self.file.punch_hole(first << self.geometry.cluster_bits, count << self.geometry.cluster_bits)
+        except OSError:  # no reason to fail those who want to write: they can do without
+            return False
 
     def add_table(self, first: int, count: int) -> None:
         """Clusters that were just allocated hold a table."""
