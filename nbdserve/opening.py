@@ -18,7 +18,7 @@ from nbdserve.block import BlockDevice, HostFile, Window
 from nbdserve.errors import FormatError, OpenError
 from nbdserve.formats import ALIASES, FORMATS, OpenOptions, OpenReference, probe, probe_sectors
 
-MAXIMUM_CHAIN = 100
+MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
 _LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 

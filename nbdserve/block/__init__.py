@@ -6,7 +6,6 @@
     window    a slice of another device (a partition, an offset)
     memory    a disk in a bytearray, the model that tests measure others against
     pins      keeps freed host space from being reused under those who still look at it
-    tables    a bounded cache of mapping tables
 
 Nothing here knows an image format, the network or trio.
 """

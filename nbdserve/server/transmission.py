@@ -234,7 +234,7 @@ class Transmission:
         """The extents of a large read if none of them needs the disk or a computation; None: a worker's job."""
         if length < _LARGE_READ or not self._transport.sends_files:
             return None
-        runs = []
+        runs: list[Extent] = []
         end = offset + length
         while offset < end:
             try:

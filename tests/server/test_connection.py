@@ -213,6 +213,29 @@ async def test_damage_met_by_one_request_is_its_error_alone() -> None:
     assert set(log.reports) == {"an entry points outside the file"}
 
 
+async def test_computed_bytes_are_computed_however_large_the_read() -> None:
+    """A device that knows at once where its bytes lie, namely nowhere: they must not be taken for a hole."""
+
+    class AtHand(MemoryDevice):
+        def map_nowait(self, offset: int, length: int) -> Extent | None:
+            return self.map(offset, length)
+
+    content = bytes(range(256)) * (MIB // 256)
+    log, (ours, theirs) = Log(), socket.socketpair()
+    connection = Connection(ours, "a client", log.policy(AtHand(bytearray(content))))
+    theirs.settimeout(5)
+
+    def read() -> None:
+        with negotiate(theirs) as client:
+            for length in (512, 64 << 10, MIB):
+                for flags in (0, wire.DF):
+                    assert client.read(0, length, flags) == content[:length]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await trio.to_thread.run_sync(read)
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
