@@ -198,6 +198,8 @@ def _check_places(header: Header, name: str, length: int) -> None:
         raise FormatError(f"{name}: the L1 table has {header.l1_entries} entries; the header is damaged")
     if header.l1_entries < l1_entries_for(header.size, header.cluster_bits):
         raise FormatError(f"{name}: the L1 table is too small for a disk of {header.size} bytes; the header is damaged")
+    if header.l1_entries and not header.l1_offset:
+        raise FormatError(f"{name}: the L1 table lies on the header; the header is damaged")
     if header.l1_offset & mask or header.l1_offset + 8 * header.l1_entries > length:
         raise FormatError(f"{name}: the L1 table at {header.l1_offset} does not lie inside the file; it is truncated")
     table_bytes = header.refcount_table_clusters << header.cluster_bits

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import Computed, Data, GuestOffset, HostOffset, Zero
 from nbdserve.block.file import HostFile, ReadBuffer, WriteBuffer
+from nbdserve.errors import FormatError
 from nbdserve.formats.base import MappedImage, OwnExtent, Reservation, Unallocated
 from nbdserve.formats.qcow2.compression import ClusterReader
 from nbdserve.formats.qcow2.entries import (
@@ -112,6 +113,9 @@ class Qcow2Image(MappedImage):
         Args:
             ranges: (start, end) of parts of the file, in bytes, besides the tables that this image uses itself.
             snapshots: their tables are protected too.
+
+        Raises:
+            FormatError: two tables claim one cluster, so that changing one would break the other.
         """
         header, refcounts = self._header, self._writer()
         table_bytes = header.refcount_table_clusters << self._bits
@@ -121,7 +125,7 @@ class Qcow2Image(MappedImage):
             (header.refcount_table_offset, header.refcount_table_offset + table_bytes),
             *ranges,
         ]
-        tables = refcounts.block_offsets() + [entry & OFFSET_MASK for entry in self._l1]
+        tables: list[int] = []
         for snapshot in snapshots:
             length = 8 * min(snapshot.l1_entries, header.l1_entries + 1024)
             if snapshot.l1_offset + length <= self._end:
@@ -129,6 +133,14 @@ class Qcow2Image(MappedImage):
                 tables += [entry & OFFSET_MASK for entry in parse_table(self.file.read(snapshot.l1_offset, length))]
         for start, end in covered:
             self._metadata.update(range(start >> self._bits, -(-end >> self._bits)))
+        for offset in (*refcounts.block_offsets(), *(entry & OFFSET_MASK for entry in self._l1 if entry & OFFSET_MASK)):
+            if offset >> self._bits in self._metadata:
+                raise FormatError(
+                    f"{self.file.name}: two tables claim the cluster at {offset}; the image is damaged, repair it with "
+                    "'qemu-img check -r all', or open it read-only"
+                )
+            self._metadata.add(offset >> self._bits)
+        # Snapshots share tables with the present state; that is no damage.
         self._metadata.update(offset >> self._bits for offset in tables if offset)
 
     def _writer(self) -> Refcounts:
@@ -427,12 +439,14 @@ class Qcow2Image(MappedImage):
             self._park(list(range(first, first + (reservation.length >> self._bits))))
 
     def _referenced(self, entry: int) -> list[int]:
-        """The host clusters that an L2 entry refers to."""
+        """The host clusters that an L2 entry refers to; never tables, which a damaged entry must not free."""
+        offset, length = entry & OFFSET_MASK, 1
         if entry & COMPRESSED:
             offset, length = compressed_place(entry, self._bits)
-            return list(range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1))
-        host = entry & OFFSET_MASK
-        return [host >> self._bits] if host else []
+        elif not offset:
+            return []
+        clusters = range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1)
+        return [cluster for cluster in clusters if cluster not in self._metadata]
 
     def _park(self, clusters: list[int]) -> None:
         """Set references aside that are to be subtracted when the tables on disk no longer hold them."""
