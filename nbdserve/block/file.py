@@ -189,11 +189,6 @@ class HostFile:
             return True
         return self.is_cached(offset, length)
 
-    def grow(self, size: int) -> None:
-        """Set the file's length, never shortening it."""
-        if not self.is_device and size > self.size:
-            os.ftruncate(self.fd, size)
-
     def sync(self) -> None:
         """Return when everything written so far is on stable storage."""
         os.fdatasync(self.fd)

@@ -60,10 +60,6 @@ class Connection:
         else:
             self._transmission.stop()
 
-    def abort(self) -> None:
-        """End now."""
-        self._scope.cancel()
-
     async def run(self) -> None:
         """Serve until the client leaves, misbehaves, or stop() is called."""
         debug = self._policy.debug
