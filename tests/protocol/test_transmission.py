@@ -248,7 +248,7 @@ def test_both_roles(case: Case, step: int) -> None:
     payload = DATA[: case.length] if case.command == WRITE else None
     sent = client.request(case.command, COOKIE, AT, case.length, case.flags)
     seen: list[tuple[object, ...]] = []
-    receive(server, sent + (payload or b""), step, lambda: seen.extend(server.requests()))
+    receive(server, sent + (payload or b""), step, lambda: seen.extend(iter(server.next_request, None)))
     assert seen == [(case.flags, case.command, COOKIE, AT, case.length, payload)]
 
     assert client.outstanding == 1
