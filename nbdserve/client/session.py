@@ -198,10 +198,10 @@ class Session:
                         if not data:
                             handshake.connection_lost()
                         handshake.receive(data)
+        except ssl.SSLError as error:  # before ValueError, which one kind of it is as well
+            raise OpenError(f"{uri.text}: TLS failed: {_why_tls_failed(error)}") from None
         except (ProtocolError, ValueError) as error:
             raise OpenError(f"{uri.text}: {error}") from None
-        except ssl.SSLError as error:
-            raise OpenError(f"{uri.text}: TLS failed: {_why_tls_failed(error)}") from None
         except OSError as error:
             raise OpenError(f"{uri.text}: {error.strerror or error}, during the negotiation") from None
 
