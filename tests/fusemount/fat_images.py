@@ -53,10 +53,10 @@ class Shape:
 FAT12 = Shape(12, 512, 8, 11 * MIB)
 FAT16 = Shape(16, 512, 4, 16 * MIB)
 FAT32 = Shape(32, 512, 2, 16 * MIB)
-SHAPES = (
+SHAPES = (  # mtools wants as many clusters for FAT32 as the specification says
     FAT12,
     FAT16,
-    FAT32,
+    Shape(32, 512, 1, 36 * MIB),
     Shape(16, 4096, 1, 24 * MIB),
     Shape(32, 2048, 2, 270 * MIB),
     Shape(12, 512, 128, 48 * MIB),

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from fusemount.filesystems.base import error
 from fusemount.filesystems.fat.table import Run, Table
 
+_CIRCLE = 1  # leads nowhere
+
 
 class Chain:
     """The chain that begins with cluster `first`; 0 for a file without any."""
@@ -46,7 +48,7 @@ class Chain:
                 raise error(errno.EIO)
             size, following = table.run_from(self._next)
             if following == self._tortoise:
-                raise error(errno.EIO)
+                following = _CIRCLE
             self._steps += 1
             if self._steps == self._lap:
                 self._tortoise, self._steps, self._lap = following, 0, self._lap * 2

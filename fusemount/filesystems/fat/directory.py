@@ -53,13 +53,13 @@ class Directory:
         self._litter = bool(raw[self._end * ENTRY_SIZE :].strip(b"\0"))  # there is something behind the end
 
     def _read(self) -> bytes:
-        geometry, device = self._volume.geometry, self._volume.device
+        volume, geometry = self._volume, self._volume.geometry
         if self._fixed:
-            return bytes(device.read(geometry.root_offset, geometry.root_entries * ENTRY_SIZE))
+            return bytes(volume.read(geometry.root_offset, geometry.root_entries * ENTRY_SIZE))
         count = self._chain.learn(max(1, _MOST_SLOTS * ENTRY_SIZE // geometry.cluster_size))
         size = geometry.cluster_size
         runs = self._chain.runs(0, count)
-        return b"".join(device.read(geometry.offset_of(first), length * size) for first, length in runs)
+        return b"".join(volume.read(geometry.offset_of(first), length * size) for first, length in runs)
 
     def _parse(self, raw: bytes, inodes: Inodes) -> None:
         long_parts: list[bytes] = []
@@ -205,7 +205,7 @@ class Directory:
         start = entry.slot + 1 - entry.slots
         raw = bytearray()
         for offset, data in self._pieces(start, bytes(entry.slots * ENTRY_SIZE)):
-            raw += self._volume.device.read(offset, len(data))
+            raw += self._volume.read(offset, len(data))
         raw[::ENTRY_SIZE] = bytes((DELETED,)) * entry.slots
         return self._pieces(start, bytes(raw))[::-1]  # the short entry goes first
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 from struct import Struct
 
-from fusemount.filesystems.base import Condition
+from fusemount.filesystems.base import Condition, error
 from fusemount.filesystems.fat.boot import Geometry
 from fusemount.filesystems.fat.table import Run, Table
 from nbdserve.block import BlockDevice
@@ -79,6 +79,12 @@ class Volume:
         clean = _CLEAN.get(self.geometry.bits, 0)
         return bool(self._state & _IN_USE) or self._mark & clean != clean
 
+    def read(self, offset: int, size: int) -> bytearray:
+        """Bytes of the device; EIO for what lies past its end."""
+        if offset + size > self.device.size:
+            raise error(errno.EIO)
+        return self.device.read(offset, size)
+
     # Writing
 
     def begin_change(self) -> None:
@@ -126,8 +132,8 @@ class Volume:
         """Clusters that nobody uses, not taken until they are linked. Raises ENOSPC."""
         try:
             return self.table.find_free(count, near)
-        except OSError as error:
-            if error.errno != errno.ENOSPC or not self._parked or count > self.free():
+        except OSError as failure:
+            if failure.errno != errno.ENOSPC or not self._parked or count > self.free():
                 raise
         self._free_parked()
         return self.table.find_free(count, near)
