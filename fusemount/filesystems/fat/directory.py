@@ -17,8 +17,9 @@ from fusemount.filesystems.base import error
 from fusemount.filesystems.fat import names
 from fusemount.filesystems.fat.boot import ENTRY_SIZE
 from fusemount.filesystems.fat.chain import Chain
-from fusemount.filesystems.fat.entries import DELETED, Attribute, Entry
+from fusemount.filesystems.fat.entries import DELETED, LABEL, LONG_NAME, LONG_NAME_MASK, Entry
 from fusemount.filesystems.fat.inodes import Inodes
+from fusemount.filesystems.fat.table import Run
 from fusemount.filesystems.fat.volume import Piece, Volume
 
 _MOST_SLOTS = 65536  # Windows and Linux let no directory grow larger
@@ -46,6 +47,8 @@ class Directory:
         self._short: set[bytes] = set()
         self._tails: dict[bytes, int] = {}
         self.ambiguous = False
+        self._places: list[int] = []  # where each cluster begins on the device
+        self._per_place = volume.geometry.root_entries if self._fixed else volume.geometry.cluster_size // ENTRY_SIZE
         raw = self._read()
         self._used = bytearray(len(raw) // ENTRY_SIZE)  # one byte a slot, 1 where it is taken
         self._end = len(self._used)  # the first slot that was never used; none behind it counts
@@ -55,11 +58,16 @@ class Directory:
     def _read(self) -> bytes:
         volume, geometry = self._volume, self._volume.geometry
         if self._fixed:
+            self._places.append(geometry.root_offset)
             return bytes(volume.read(geometry.root_offset, geometry.root_entries * ENTRY_SIZE))
         count = self._chain.learn(max(1, _MOST_SLOTS * ENTRY_SIZE // geometry.cluster_size))
-        size = geometry.cluster_size
-        runs = self._chain.runs(0, count)
-        return b"".join(volume.read(geometry.offset_of(first), length * size) for first, length in runs)
+        runs = list(self._chain.runs(0, count))
+        self._extend(runs)
+        return b"".join(volume.read(geometry.offset_of(first), size * geometry.cluster_size) for first, size in runs)
+
+    def _extend(self, runs: list[Run]) -> None:
+        offset_of = self._volume.geometry.offset_of
+        self._places += [offset_of(cluster) for first, count in runs for cluster in range(first, first + count)]
 
     def _parse(self, raw: bytes, inodes: Inodes) -> None:
         long_parts: list[bytes] = []
@@ -75,7 +83,7 @@ class Directory:
                 continue
             self._used[slot] = 1
             attributes = raw[at + 11]
-            if attributes & Attribute.LONG_NAME_MASK == Attribute.LONG_NAME:
+            if attributes & LONG_NAME_MASK == LONG_NAME:
                 if order & 0x40:
                     expected, check, long_parts = order & 0x3F, raw[at + 13], []
                 elif order != expected or check != raw[at + 13]:
@@ -86,7 +94,7 @@ class Directory:
                 continue
             whole = expected == 0 and check == names.checksum(raw[at : at + 11])
             expected = -1
-            if attributes & Attribute.LABEL or raw[at : at + 11] in (DOT, DOT_DOT):
+            if attributes & LABEL or raw[at : at + 11] in (DOT, DOT_DOT):
                 continue
             entry = Entry(raw[at : at + ENTRY_SIZE], wide=self._volume.wide)
             entry.slot, entry.slots = slot, len(long_parts) + 1 if whole else 1
@@ -100,11 +108,7 @@ class Directory:
 
     def _position(self, slot: int) -> int:
         """Where a slot lies on the device."""
-        geometry = self._volume.geometry
-        if self._fixed:
-            return geometry.root_offset + slot * ENTRY_SIZE
-        cluster, inside = divmod(slot * ENTRY_SIZE, geometry.cluster_size)
-        return geometry.offset_of(next(self._chain.runs(cluster, 1))[0]) + inside
+        return self._places[slot // self._per_place] + slot % self._per_place * ENTRY_SIZE
 
     def _index(self, entry: Entry) -> None:
         self._entries[entry.slot] = entry
@@ -161,6 +165,7 @@ class Directory:
             self._volume.device.zero(geometry.offset_of(first), length * geometry.cluster_size)
         self._volume.link(runs, last)
         self._chain.extend(runs)
+        self._extend(runs)
         self._used += bytes(slots)
 
     def _exact_short(self, text: str) -> tuple[bytes, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import time
 from enum import IntFlag
+from functools import lru_cache
 from struct import Struct
 
 _ENTRY = Struct("<11sBBBHHHHHHHI")
@@ -29,6 +30,12 @@ class Attribute(IntFlag):
     ARCHIVE = 0x20
     LONG_NAME = 0x0F
     LONG_NAME_MASK = 0x3F
+
+
+# As plain numbers, because an IntFlag takes its time and every entry of a directory is asked.
+DIRECTORY = int(Attribute.DIRECTORY)
+LABEL = int(Attribute.LABEL)
+LONG_NAME, LONG_NAME_MASK = int(Attribute.LONG_NAME), int(Attribute.LONG_NAME_MASK)
 
 
 class Entry:
@@ -110,7 +117,7 @@ class Entry:
 
     @property
     def is_directory(self) -> bool:
-        return bool(self.attributes & Attribute.DIRECTORY)
+        return bool(self.attributes & DIRECTORY)
 
     @property
     def is_read_only(self) -> bool:
@@ -129,11 +136,16 @@ class Entry:
 
 def packed(time_ns: int) -> tuple[int, int]:
     """Date and time of an entry; what lies outside 1980 to 2107 becomes the nearest that can be said."""
-    second = min(max(time_ns // _SECOND, _FIRST_SECOND), _LAST_SECOND)
+    return _packed(min(max(time_ns // _SECOND, _FIRST_SECOND), _LAST_SECOND))
+
+
+@lru_cache(256)
+def _packed(second: int) -> tuple[int, int]:
     year, month, day, hour, minute, seconds = time.gmtime(second)[:6]
     return (year - 1980) << 9 | month << 5 | day, hour << 11 | minute << 5 | seconds >> 1
 
 
+@lru_cache(4096)
 def unpacked(date: int, moment: int) -> int:
     """Nanoseconds since 1970. A month or day of 0, which some write for an unknown date, counts as the first."""
     day = (1980 + (date >> 9), min(max(date >> 5 & 15, 1), 12), max(date & 31, 1))

@@ -122,6 +122,7 @@ def exact_short(text: str) -> tuple[bytes, int] | None:
     return short, lower_base | (LOWER_EXTENSION if extension != extension.upper() else 0)
 
 
+@lru_cache(256)
 def _short_form(text: str) -> bytes | None:
     """The name in upper case in 11 bytes, if that loses nothing but the case."""
     base, dot, extension = text.partition(".")

@@ -16,7 +16,7 @@ from fusemount.filesystems.fat.inodes import ROOT, File, Inodes
 from fusemount.filesystems.fat.volume import Volume
 from nbdserve.block.file import ReadBuffer
 
-_MOST_DIRECTORIES = 64  # kept in memory
+_MOST_IN_MEMORY = 8 << 20  # bytes of directories, as they are on the device
 _ALL = 0o755
 _NO_WRITING = 0o222
 
@@ -57,7 +57,9 @@ class FatReader(FileSystem):
         if directory is None:
             directory = Directory(self.volume, first, self.inodes)
             self._directories[first] = directory
-            if len(self._directories) > _MOST_DIRECTORIES:
+            while (
+                len(self._directories) > 1 and sum(each.size for each in self._directories.values()) > _MOST_IN_MEMORY
+            ):
                 self._directories.popitem(last=False)
         else:
             self._directories.move_to_end(first)
