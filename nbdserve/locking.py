@@ -55,22 +55,26 @@ class Claim:
     refuses: tuple[Use, ...]
 
 
-# What a disk of a QEMU virtual machine claims; growing the file counts as a resize, as QEMU has it for all formats.
+# What QEMU claims for a disk of a virtual machine, and for an NBD export in that its size must not change.
 READER = Claim(uses=(Use.READ,), refuses=(Use.WRITE, Use.RESIZE))
-WRITER = Claim(uses=(Use.READ, Use.WRITE, Use.RESIZE), refuses=(Use.WRITE, Use.RESIZE))
+WRITER = Claim(uses=(Use.READ, Use.WRITE), refuses=(Use.WRITE, Use.RESIZE))
+GROWER = Claim(uses=(Use.READ, Use.WRITE, Use.RESIZE), refuses=(Use.WRITE, Use.RESIZE))
+"""A writer to a format whose files grow with what is written, as all but raw ones may."""
 ONLOOKER = Claim(uses=(Use.READ,), refuses=())
 """A reader who puts up with writers (force-share): what it reads may never have been there as a whole."""
 
+_EXCLUSIONS = {Use.READ: "read it", Use.WRITE: "write to it", Use.RESIZE: "change its length"}
+
 
 def lock(file: HostFile, claim: Claim) -> bool:
-    """Lock an image that was just opened and of which nothing has been read.
+    """Lock an image that was just opened, before anything of it is read; a claim may later be extended by another call.
 
     Returns:
         False where the file system (or the kernel) has no such locks: then nobody is kept away.
 
     Raises:
-        Locked: another user excludes us, or we would have to exclude it. The caller closes the file, which gives back
-            what is locked by then.
+        Locked: another user excludes us, or we would have to exclude it. None of our locks is left; the caller
+            closes the file.
     """
     try:
         for byte in (*map(_use_byte, claim.uses), *map(_refusal_byte, claim.refuses)):
@@ -80,20 +84,16 @@ def lock(file: HostFile, claim: Claim) -> bool:
             return False
         raise
     for use in claim.refuses:
-        if _locked_by_others(file, _use_byte(use)):
-            raise Locked(
-                f"{file.name}: {_user(file, _use_byte(use))} is writing to it; stop that first, or look at the image "
-                "as it changes with --read-only --force-share"
-            )
+        _demand_unlocked(
+            file,
+            _use_byte(use),
+            "is writing to it; stop that first, or look at the image as it changes with --read-only --force-share",
+        )
     for use in claim.uses:
-        if _locked_by_others(file, _refusal_byte(use)):
-            user = _user(file, _refusal_byte(use))
-            if use is Use.READ:
-                raise Locked(f"{file.name}: {user} lets nobody else read it; stop that first")
-            raise Locked(
-                f"{file.name}: {user} is using it and lets nobody write to it; stop that first, or open it "
-                "read-only (-r)"
-            )
+        remedy = "" if use is Use.READ else ", or open it read-only (-r)"
+        _demand_unlocked(
+            file, _refusal_byte(use), f"is using it and lets nobody {_EXCLUSIONS[use]}; stop that first{remedy}"
+        )
     return True
 
 
@@ -115,34 +115,39 @@ def _lock_shared(file: HostFile, byte: LockByte) -> None:
         raise Locked(f"{file.name}: another program has locked it for itself; stop that first") from None
 
 
-def _locked_by_others(file: HostFile, byte: LockByte) -> bool:
-    """Whether an exclusive lock would fail, that is: whether anybody else holds the byte, shared or not."""
-    answer = fcntl.fcntl(file.fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+def _demand_unlocked(file: HostFile, byte: LockByte, text: str) -> None:
+    """See that an exclusive lock would succeed, that is: that nobody else holds the byte; the text says what it means.
 
-
-def _user(file: HostFile, byte: LockByte) -> str:
-    """Who holds the byte, in words; as far as /proc shows us other people's processes.
-
-    The kernel names no process for locks of this kind (fcntl(2), F_OFD_GETLK), but each descriptor's page in /proc
-    lists them (proc_pid_fdinfo(5)): "lock: 1: OFDLCK ADVISORY READ -1 fe:00:2172131 100 101", the last three being the
-    file and the first and last byte.
+    Our own locks are given back before we look who does: that takes a while, in which they would keep others away.
     """
-    our_locks = _locks(f"/proc/self/fdinfo/{file.fd}")
-    if our_locks:
-        identity = our_locks[0][0]
-        for process in filter(str.isdigit, _names("/proc")):
-            for descriptor in _names(f"/proc/{process}/fdinfo"):
-                if (int(process), int(descriptor)) == (os.getpid(), file.fd):
-                    continue
-                for locked_file, first, last in _locks(f"/proc/{process}/fdinfo/{descriptor}"):
-                    if locked_file == identity and first <= byte <= last:
-                        return f"{_command(process)} (process {process})"
-    return "another process"
+    answer = fcntl.fcntl(file.fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    if _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK:
+        return
+    ours = _locks(f"/proc/self/fdinfo/{file.fd}")
+    fcntl.fcntl(file.fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+    process = _holder(ours[0][0], byte) if ours else None
+    user = "another process" if process is None else f"{_command(process)} (process {process})"
+    raise Locked(f"{file.name}: {user} {text}")
+
+
+def _holder(file: str, byte: LockByte) -> str | None:
+    """The number of a process with a lock on the byte, as far as /proc shows us other people's processes.
+
+    The kernel names no process for locks of this kind (fcntl(2), F_OFD_GETLK), but lists them with each descriptor.
+    """
+    for process in filter(str.isdigit, _names("/proc")):
+        for descriptor in _names(f"/proc/{process}/fdinfo"):
+            for locked, first, last in _locks(f"/proc/{process}/fdinfo/{descriptor}"):
+                if locked == file and first <= byte <= last:
+                    return process
+    return None
 
 
 def _locks(path: str) -> list[tuple[str, int, int]]:
-    """The record locks of a descriptor, as (file, first byte, last byte)."""
+    """The record locks of a descriptor, as (file, first byte, last byte), from its page in /proc.
+
+    A line there (proc_pid_fdinfo(5)) is "lock: 1: OFDLCK ADVISORY READ -1 fe:00:2172131 100 101".
+    """
     locks = []
     for line in _text(path).splitlines():
         if line.startswith("lock:"):

@@ -127,7 +127,7 @@ class _Chain:
         file, home = _open_where_permitted(name, path, permit, writable=not read_only)
         try:
             below = self._entered(file, home)
-            self._lock(file)
+            self._lock(file, locking.WRITER)
             chosen, options = self._choose(file, format, read_only, snapshot, below)
             return FORMATS[chosen](file, options)
         except BaseException:
@@ -145,10 +145,10 @@ class _Chain:
             raise FormatError(f"{name}: the chain of backing files is longer than {MAXIMUM_CHAIN}; flatten it first")
         return replace(self, home=home, above=(*self.above, name), seen=self.seen | {identity})
 
-    def _lock(self, file: HostFile) -> None:
+    def _lock(self, file: HostFile, writer: locking.Claim) -> None:
         reader = locking.ONLOOKER if self.force_share else locking.READER
-        locked = locking.lock(file, locking.WRITER if file.writable else reader)
-        if not locked and file.writable:
+        locked = locking.lock(file, writer if file.writable else reader)
+        if not locked and file.writable and writer is locking.WRITER:
             self.warn(f"{file.name}: no locks on its file system; see to it that no other program uses it meanwhile")
 
     def _choose(
@@ -158,6 +158,8 @@ class _Chain:
         name = probe(file) if format is None else known_format(format)
         if name not in FORMATS:
             raise OpenError(f"{file.name}: {name} images are not supported; convert it to qcow2 first")
+        if name != "raw":
+            self._lock(file, locking.GROWER)
         if guessed and (self.above or file.is_device) and not self.policy.trust_all:
             below = replace(below, may_refer=False)
         looks_like = None
