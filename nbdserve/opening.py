@@ -88,7 +88,7 @@ def open_image(
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
     chain = _Chain(policy or ReferencePolicy(), warn, force_share)
     try:
-        return chain.open(name, name, _anywhere, format=format, read_only=read_only, snapshot=snapshot)
+        return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
         raise OpenError(f"{error.filename or name}: {error.strerror}") from None
 
@@ -120,19 +120,37 @@ class _Chain:
     seen: frozenset[tuple[int, int]] = frozenset()
     may_refer: bool = True
 
-    def open(
-        self, name: str, path: str, permit: Permit, *, format: str | None, read_only: bool, snapshot: str | None
-    ) -> BlockDevice:
-        """Open the file at path, which messages call name, and what it refers to in its turn."""
-        file, home = _open_where_permitted(name, path, permit, writable=not read_only)
+    def open(self, path: str, *, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
+        """Open the image that the user names, with all that it refers to."""
+        file, below = self._open_file(path, path, _anywhere, writable=not read_only)
+        return below.open_image(file, format, read_only, snapshot)
+
+    def open_image(self, file: HostFile, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
+        """The image in the file that was opened last."""
         try:
-            below = self._entered(file, home)
-            self._lock(file, locking.WRITER)
-            chosen, options = self._choose(file, format, read_only, snapshot, below)
-            return FORMATS[chosen](file, options)
+            name, options = self._choose(file, format, read_only, snapshot)
+            return FORMATS[name](file, options)
         except BaseException:
             file.close()
             raise
+
+    def open_referred(self, owner: str, name: str, *, writable: bool) -> tuple[HostFile, _Chain]:
+        """Open a file that `owner`, the last of this chain, refers to; returns the chain with it at the end."""
+        path = os.path.join(self.home, name)
+        self._check_name(owner, name, path)
+        shown = os.path.join(os.path.dirname(owner), name)
+        return self._open_file(shown, path, self._gate(owner, name), writable=writable)
+
+    def _open_file(self, name: str, path: str, permit: Permit, *, writable: bool) -> tuple[HostFile, _Chain]:
+        """Open and lock the file at path, which messages call name; nothing of it is read."""
+        file, home = _open_where_permitted(name, path, permit, writable=writable)
+        try:
+            below = self._entered(file, home)
+            self._lock(file, locking.WRITER)
+        except BaseException:
+            file.close()
+            raise
+        return file, below
 
     def _entered(self, file: HostFile, home: str) -> _Chain:
         """This chain with one more image on it; refuses loops and chains without end."""
@@ -152,7 +170,7 @@ class _Chain:
             self.warn(f"{file.name}: no locks on its file system; see to it that no other program uses it meanwhile")
 
     def _choose(
-        self, file: HostFile, format: str | None, read_only: bool, snapshot: str | None, below: _Chain
+        self, file: HostFile, format: str | None, read_only: bool, snapshot: str | None
     ) -> tuple[str, OpenOptions]:
         guessed = format is None
         name = probe(file) if format is None else known_format(format)
@@ -160,8 +178,8 @@ class _Chain:
             raise OpenError(f"{file.name}: {name} images are not supported; convert it to qcow2 first")
         if name != "raw":
             self._lock(file, locking.GROWER)
-        if guessed and (self.above or file.is_device) and not self.policy.trust_all:
-            below = replace(below, may_refer=False)
+        distrusted = guessed and (len(self.above) > 1 or file.is_device) and not self.policy.trust_all
+        below = replace(self, may_refer=not distrusted)
         looks_like = None
         if guessed and name == "raw":
             looks_like = probe_sectors
@@ -176,13 +194,10 @@ class _Chain:
         """What opens the files that `owner`, the last of the chain, refers to."""
 
         def open_reference(name: str, format: str | None) -> BlockDevice:
-            path = os.path.join(self.home, name)
-            self._check_name(owner, name, path)
             if format is not None and ALIASES.get(format, format) not in FORMATS:
                 raise OpenError(f"{owner}: its backing file is said to be {format!r}, which is not supported")
-            shown = os.path.join(os.path.dirname(owner), name)
-            permit = _anywhere if self.policy.trust_all else self._gate(owner, name)
-            return self.open(shown, path, permit, format=format, read_only=True, snapshot=None)
+            file, below = self.open_referred(owner, name, writable=False)
+            return below.open_image(file, format, read_only=True, snapshot=None)
 
         return open_reference
 
@@ -203,6 +218,8 @@ class _Chain:
 
     def _gate(self, owner: str, name: str) -> Permit:
         """Lets pass what lies in the owner's directory, or in one that the user allows."""
+        if self.policy.trust_all:
+            return _anywhere
         allowed = [Path(self.home), *(folder.resolve() for folder in self.policy.allowed)]
 
         def permit(real: str) -> None:
