@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import Command, RequestReader
-from nbdserve.protocol.transmission_server import LARGE_PAYLOAD
+from nbdserve.protocol.constants import Command
+from nbdserve.protocol.transmission_server import LARGE_PAYLOAD, RequestReader
 
 CAPACITY = 128 << 10
 MAXIMUM = 600 << 10

@@ -11,19 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import (
-    BlockStatusChunk,
-    Command,
-    CommandFlags,
-    DataChunk,
-    Done,
-    ErrorChunk,
-    ErrorCode,
-    Event,
-    HoleChunk,
-    ReplyReader,
-    RequestReader,
-)
+from nbdserve.protocol.constants import Command, CommandFlags, ErrorCode
+from nbdserve.protocol.outstanding import BlockStatusChunk, DataChunk, Done, ErrorChunk, Event, HoleChunk
 from nbdserve.protocol.replies import (
     error_chunk,
     none_chunk,
@@ -33,6 +22,8 @@ from nbdserve.protocol.replies import (
     simple_reply,
     status_chunk,
 )
+from nbdserve.protocol.transmission_client import ReplyReader
+from nbdserve.protocol.transmission_server import RequestReader
 
 COOKIE = 0xFEDCBA9876543210
 DATA = bytes(range(256)) * 400  # 100 KiB: its rest is received straight into the destination
