@@ -13,8 +13,7 @@ from nbdserve.block import BlockDevice, Computed, Extent, Zero
 from nbdserve.block.file import ReadBuffer, WriteBuffer
 from nbdserve.client.session import Session
 from nbdserve.client.uri import NbdUri
-from nbdserve.protocol import AllocationState, Command, CommandFlags, TransmissionFlags
-from nbdserve.protocol.constants import BASE_ALLOCATION
+from nbdserve.protocol.constants import BASE_ALLOCATION, AllocationState, Command, CommandFlags, TransmissionFlags
 
 _LONGEST = 1 << 30  # bytes of one request without payload; the wire has 32 bits for it
 _LARGEST_PAYLOAD = 4 << 20  # bytes; larger requests gain nothing and make others wait

@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 
 from nbdserve.client.uri import NbdUri
 from nbdserve.errors import OpenError, ProtocolError
-from nbdserve.protocol import Agreement, ClientHandshake, Command, HandshakeState
+from nbdserve.protocol.constants import Command
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_client import ClientHandshake
+from nbdserve.protocol.messages import Agreement
 from nbdserve.protocol.outstanding import BlockStatusChunk, Done
 from nbdserve.protocol.transmission_client import ReplyReader
 
