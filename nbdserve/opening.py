@@ -29,6 +29,7 @@ from nbdserve.errors import FormatError, OpenError
 from nbdserve.formats import ALIASES, FORMATS, OpenOptions, OpenReference, probe, probe_sectors
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
+_IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
 _LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -70,6 +71,7 @@ def open_image(
     """Open an image with everything it stands on.
 
     Args:
+        path: a file, a block device, or an NBD URI (see nbdserve.client.uri).
         format: a name of formats.FORMATS; None guesses from the content.
         read_only: open nothing for writing.
         force_share: put up with other processes that write to the image or its backing files, for a look at a live
@@ -86,11 +88,26 @@ def open_image(
     read_only = read_only or snapshot is not None
     if force_share and not read_only:
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
+    if _IS_NBD_URI.match(name):
+        return _connect(name, format, read_only, snapshot)
     chain = _Chain(policy or ReferencePolicy(), warn, force_share)
     try:
         return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
         raise OpenError(f"{error.filename or name}: {error.strerror}") from None
+
+
+def _connect(uri: str, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
+    """What a server exports, as a raw disk."""
+    from nbdserve.client import connect
+
+    if format not in (None, "raw") or snapshot is not None:
+        raise OpenError(f"{uri}: an export is a raw disk; give formats and snapshots to the server")
+    device = connect(uri, read_only=read_only)
+    if device.offered_read_only and not read_only:
+        device.close()
+        raise OpenError(f"{uri}: the server offers it read-only; open it read-only (-r)")
+    return device
 
 
 Permit: TypeAlias = Callable[[str], None]
