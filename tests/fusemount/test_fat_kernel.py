@@ -30,9 +30,9 @@ mount -t proc proc /proc
 mount -t devtmpfs dev /dev
 for module in /modules/*.ko; do insmod $module; done
 list() {{
-    find . -type f ! -name '*.list' -exec sha256sum {{}} ';'
-    find . -mindepth 1 -type d -exec echo directory '' {{}} ';'
-    find . -mindepth 1 -exec stat -c '%Y  %n' {{}} ';'
+    find . -type f ! -name '*.list' -exec md5sum {{}} +
+    find . -mindepth 1 -type d
+    find . -mindepth 1 -exec stat -c '%Y  %n' {{}} +
 }}
 for disk in vda vdb vdc; do
     mount -t vfat -o utf8=1,tz=UTC /dev/$disk /root || continue
@@ -41,13 +41,13 @@ for disk in vda vdb vdc; do
     mkdir "made by the kernel"
     cd "made by the kernel"
     cp /bin/busybox "a copy of busybox"
-    cp /bin/busybox lower.ext
+    cp /init lower.ext
     cp /init MiXeD.Ext
     cp /init "\U0001f600 \u540d\u524d.txt"
     dd if=/bin/busybox of="a copy of busybox" bs=1000 seek=7 count=50 conv=notrunc
     truncate -s 12345 lower.ext
-    for i in $(seq 200); do echo $i > "one of many files, number $i"; done
-    for i in $(seq 1 3 200); do rm "one of many files, number $i"; done
+    for i in $(seq 99); do echo $i > "one of many files, number $i"; done
+    rm *'r '?[147]
     mv "one of many files, number 2" ..
     cd ..
     mv "sub directory/many" "moved by the kernel"
@@ -88,8 +88,8 @@ def listing(fs: FileSystem) -> set[str]:
         inode = fs.root
         for name in path[1:].split("/"):
             inode = fs.lookup(inode, name.encode())
-        kind = "directory" if content is None else hashlib.sha256(content).hexdigest()
-        lines |= {f"{kind}  .{path}", f"{fs.attributes(inode).mtime_ns // 10**9}  .{path}"}
+        lines.add(f".{path}" if content is None else f"{hashlib.md5(content).hexdigest()}  .{path}")
+        lines.add(f"{fs.attributes(inode).mtime_ns // 10**9}  .{path}")
     return lines
 
 
