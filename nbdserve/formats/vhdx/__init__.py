@@ -5,12 +5,13 @@
     log       updates of metadata that a crash has left behind, and their replay, in memory or for real
     layout    the region table and the metadata, checked once
     table     the block allocation table, in pages
-    bitmaps   which sectors of a differencing disk's blocks are its own
     space     which parts of the file are in use
     image     the mapping, and the order of writes that a crash cannot break
     parent    how a differencing disk names its parent
     opening   all of it put together
     create    new, empty images
+
+The sector bitmaps of differencing disks are VHD's (vpc.bitmaps), and so is the search for a parent (vpc.parents).
 
 Source: [MS-VHDX], "Virtual Hard Disk v2 (VHDX) File Format". Where it leaves room, what QEMU does is followed, so that
 both show the same disk. All numbers are little-endian; GUIDs are in Microsoft's mixed order (uuid.UUID.bytes_le).

@@ -26,6 +26,7 @@ for the first change of the headers.
 
 from __future__ import annotations
 
+import errno
 import threading
 import uuid
 from typing import TYPE_CHECKING
@@ -34,14 +35,14 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import Computed, Data, GuestOffset, HostOffset, Zero
 from nbdserve.block.file import HostFile, ReadBuffer, WriteBuffer
 from nbdserve.formats.base import MappedImage, OwnExtent, Reservation, Unallocated
-from nbdserve.formats.vhdx import MIB, bitmaps, table
-from nbdserve.formats.vhdx.bitmaps import SectorBitmaps
+from nbdserve.formats.vhdx import MIB, table
 from nbdserve.formats.vhdx.headers import Headers
 from nbdserve.formats.vhdx.layout import Layout
 from nbdserve.formats.vhdx.log import ReplayedFile
 from nbdserve.formats.vhdx.space import HostSpace
 from nbdserve.formats.vhdx.table import PLACE_MASK, STATE_MASK, BlockTable, State
-from nbdserve.formats.vpc.bits import run_of_bits, set_bits
+from nbdserve.formats.vpc import bitmaps
+from nbdserve.formats.vpc.bitmaps import SectorBitmaps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,9 +85,14 @@ class VhdxImage(MappedImage):
         self._replayed = replayed
         self._shift = layout.block_size.bit_length() - 1
         self._mask = layout.block_size - 1
-        self._sector_bits = layout.sector_size.bit_length() - 1
         self._table = BlockTable(source, layout)
-        self._bitmaps = SectorBitmaps(source, layout, self._table)
+        self._bitmaps = SectorBitmaps(
+            source.read_into,
+            self._bitmap_place,
+            block_size=layout.block_size,
+            sector_size=layout.sector_size,
+            is_mirrored=False,
+        )
         self._space = None if read_only else HostSpace(file, layout.regions, self._table.scan())
         self._stamped = False
         self._flushing = threading.Lock()
@@ -118,12 +124,16 @@ class VhdxImage(MappedImage):
         return min(length, (self._table.run(block, wanted) << self._shift) - inside)
 
     def _partial(self, block: int, place: int, inside: int, length: int) -> OwnExtent:
-        end = min(inside + length, self._layout.block_size)
-        is_own, run = run_of_bits(
-            self._bitmaps.get(block), inside >> self._sector_bits, (end + self.cluster_size - 1) >> self._sector_bits
-        )
-        until = min(end, ((inside >> self._sector_bits) + run) << self._sector_bits)
-        return self._data(place, until - inside) if is_own else Unallocated(until - inside)
+        is_own, end = self._bitmaps.own(block, inside, min(inside + length, self._layout.block_size))
+        return self._data(place, end - inside) if is_own else Unallocated(end - inside)
+
+    def _bitmap_place(self, block: int) -> int:
+        """Where the bits of a PARTIAL block lie in the file, in bytes; EIO when there are none."""
+        entry = self._table.entry(self._table.index_of_bitmap(block))
+        if entry & STATE_MASK != State.FULL:
+            raise OSError(errno.EIO, f"block {block} is only partly there, but has no sector bitmap", self.file.name)
+        ratio = self._layout.chunk_ratio
+        return (entry & PLACE_MASK) + block % ratio * (MIB // ratio)
 
     def _data(self, host: int, length: int) -> Data | Zero | Computed:
         if self._replayed is not None:
@@ -148,7 +158,7 @@ class VhdxImage(MappedImage):
             entry = self._table.entry_in_memory(self._table.index_of_block(block))
             if entry is None or entry == State.DAMAGED:
                 return False
-            if entry & STATE_MASK == State.PARTIAL and self._bitmaps.in_memory(block) is None:
+            if entry & STATE_MASK == State.PARTIAL and not self._bitmaps.is_in_memory(block):
                 return False
         return True
 
@@ -161,7 +171,7 @@ class VhdxImage(MappedImage):
         if state < State.FULL:
             below = self.backing if state == State.NOT_PRESENT else None
             return below.locate(offset, length) if below is not None and offset + length <= below.size else None
-        if state == State.PARTIAL and not self._is_own(block, inside, length):
+        if state == State.PARTIAL and not self._bitmaps.is_own_in_memory(block, inside, inside + length):
             return None
         return self.file, HostOffset((entry & PLACE_MASK) + inside)
 
@@ -172,17 +182,9 @@ class VhdxImage(MappedImage):
         entry = self._table.entry_in_memory(block + (block >> self._table.ratio_bits))
         if entry is None or entry & STATE_MASK < State.FULL or inside + length > self._layout.block_size:
             return None
-        if entry & STATE_MASK == State.PARTIAL and not self._is_own(block, inside, length):
+        if entry & STATE_MASK == State.PARTIAL and not self._bitmaps.is_own_in_memory(block, inside, inside + length):
             return None
         return self.file, HostOffset((entry & PLACE_MASK) + inside)
-
-    def _is_own(self, block: int, inside: int, length: int) -> bool:
-        """Whether the bitmap is in memory and says that all these bytes of a PARTIAL block are its own."""
-        bitmap = self._bitmaps.in_memory(block)
-        if bitmap is None:
-            return False
-        first, end = inside >> self._sector_bits, (inside + length + self.cluster_size - 1) >> self._sector_bits
-        return run_of_bits(bitmap, first, end) == (True, end - first)
 
     # Writing
 
@@ -213,15 +215,11 @@ class VhdxImage(MappedImage):
     def writable_extent(self, offset: int, length: int) -> Data | None:
         block, inside = offset >> self._shift, offset & self._mask
         entry = self._table.entry(self._table.index_of_block(block))
-        state = entry & STATE_MASK
         end = min(inside + length, self._layout.block_size)
-        if state == State.PARTIAL:
-            first = inside >> self._sector_bits
-            last = (end + self.cluster_size - 1) >> self._sector_bits
-            is_own, run = run_of_bits(self._bitmaps.get(block), first, last)
-            end = min(end, (first + run) << self._sector_bits)
-            state = State.FULL if is_own else State.NOT_PRESENT
-        return Data(end - inside, self.file, HostOffset((entry & PLACE_MASK) + inside)) if state == State.FULL else None
+        is_own = entry & STATE_MASK == State.FULL
+        if entry & STATE_MASK == State.PARTIAL:
+            is_own, end = self._bitmaps.own(block, inside, end)
+        return Data(end - inside, self.file, HostOffset((entry & PLACE_MASK) + inside)) if is_own else None
 
     def reserve(self, offset: int, length: int) -> Reservation:
         block, inside = offset >> self._shift, offset & self._mask
@@ -234,8 +232,8 @@ class VhdxImage(MappedImage):
         start = inside & ~(self.cluster_size - 1)
         end = min((inside + length + self.cluster_size - 1) & ~(self.cluster_size - 1), self._bytes_in(block))
         if state == State.PARTIAL:
-            _, run = run_of_bits(self._bitmaps.get(block), start >> self._sector_bits, end >> self._sector_bits)
-            return self._reservation(block, start, run << self._sector_bits, entry & PLACE_MASK, zeroed=False)
+            _, end = self._bitmaps.own(block, start, end)
+            return self._reservation(block, start, end - start, entry & PLACE_MASK, zeroed=False)
         if state == State.NOT_PRESENT and end - start < self._bytes_in(block):
             self._ensure_bitmap(block)
         return self._reservation(block, start, end - start, self._allocate(self._layout.block_size), zeroed=True)
@@ -265,18 +263,15 @@ class VhdxImage(MappedImage):
         index = self._table.index_of_block(block)
         state = self._table.entry(index) & STATE_MASK
         place = reservation.host_offset - inside
-        whole = self._bytes_in(block) >> self._sector_bits
-        if self._has_parent and state in (State.NOT_PRESENT, State.PARTIAL):
-            first = inside >> self._sector_bits
-            end = first + (reservation.length >> self._sector_bits)
-            if end - first < whole:
-                bitmap = self._bitmaps.start(block) if state == State.NOT_PRESENT else self._bitmaps.get(block)
-                set_bits(bitmap, first, end)
-                self._bitmaps.changed(block)
-                if run_of_bits(bitmap, 0, whole) != (True, whole):
-                    self._table.set(index, place | State.PARTIAL)
-                    return
-        self._table.set(index, place | State.FULL)
+        whole = self._bytes_in(block)
+        new = place | State.FULL
+        if self._has_parent and state in (State.NOT_PRESENT, State.PARTIAL) and reservation.length < whole:
+            if state == State.NOT_PRESENT:
+                self._bitmaps.clear(block)
+            self._bitmaps.add(block, inside, inside + reservation.length)
+            if self._bitmaps.own(block, 0, whole) != (True, whole):
+                new = place | State.PARTIAL
+        self._table.set(index, new)
 
     def cancel(self, reservation: Reservation) -> None:
         if reservation.zeroed:  # else it is a part of a block that is there
