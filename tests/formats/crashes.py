@@ -109,8 +109,10 @@ def pieces_of(change: Change) -> Iterator[Change]:
         position += length
 
 
-def remains_of(start: Remains, log: list[Change | None], chosen: random.Random) -> Iterator[tuple[int, Remains]]:
-    """For every moment the file with all that was written, and files with some of what was not synced."""
+def remains_of(
+    start: Remains, log: list[Change | None], chosen: random.Random, *, samples: int = 4
+) -> Iterator[tuple[int, Remains]]:
+    """For every moment the file with all that was written, and `samples` files with some of what was not synced."""
     stable = start.copy()
     pending: list[Change] = []
     for moment, entry in enumerate([*log, None]):
@@ -118,7 +120,7 @@ def remains_of(start: Remains, log: list[Change | None], chosen: random.Random) 
         for change in pending:
             everything.apply(change)
         yield moment, everything
-        for _ in range(4 if pending else 0):
+        for _ in range(samples if pending else 0):
             some = stable.copy()
             share = chosen.random()
             for change in pending:

@@ -33,6 +33,11 @@ def set_bits(bitmap: bytearray, first: int, end: int) -> None:
     bitmap[span] = word.to_bytes(span.stop - span.start, "little")
 
 
+def mirrored(bitmap: bytes | bytearray) -> bytearray:
+    """The bitmap with the bits of every byte in reverse order."""
+    return bytearray(bitmap.translate(_MIRRORED))
+
+
 class SectorBitmaps:
     """The bitmaps of an image's blocks.
 
@@ -94,7 +99,7 @@ class SectorBitmaps:
             if bitmap is None:
                 bitmap = bytearray(self._bytes)
                 self._read_into(place, bitmap)
-                bitmap = bitmap.translate(_MIRRORED) if self._is_mirrored else bitmap
+                bitmap = mirrored(bitmap) if self._is_mirrored else bitmap
                 self._keep(block, bitmap)
             return bitmap
 
@@ -141,8 +146,8 @@ class SectorBitmaps:
             return [(self._place(block), self._on_disk(block)) for block in sorted(self._in_flight)]
 
     def _on_disk(self, block: int) -> bytes:
-        bitmap = bytes(self._bitmaps[block])
-        return bitmap.translate(_MIRRORED) if self._is_mirrored else bitmap
+        bitmap = self._bitmaps[block]
+        return bytes(mirrored(bitmap) if self._is_mirrored else bitmap)
 
     def settle(self, *, failed: bool) -> None:
         """What take() handed out is on stable storage, or has failed and must be written again."""
