@@ -3,7 +3,8 @@
     base     reading, writing and backing chains, once for all
     raw      the identity
     qcow2    QEMU's copy-on-write format, versions 2 and 3
-    vpc      Virtual PC's and Hyper-V's VHD, fixed and dynamic
+    vpc      Virtual PC's and Hyper-V's VHD: fixed, dynamic and differencing
+    vhdx     Hyper-V's VHDX: fixed, dynamic and differencing
 
 A format never opens another file by itself: references go through the `open_reference` it is given.
 """
@@ -68,6 +69,7 @@ FORMATS: dict[str, Callable[[HostFile, OpenOptions], BlockDevice]] = {
     "raw": _open_raw,
     "qcow2": _opener("nbdserve.formats.qcow2"),
     "vpc": _opener("nbdserve.formats.vpc"),
+    "vhdx": _opener("nbdserve.formats.vhdx"),
 }
 
 ALIASES = {"vhd": "vpc", "img": "raw"}
