@@ -1,4 +1,4 @@
-"""No crash makes a sparse VMDK show wrong bytes or lose what was flushed, and both sets of tables become equal again."""
+"""No crash makes a sparse VMDK show wrong bytes or lose what was flushed, and both sets of tables get equal again."""
 
 from __future__ import annotations
 
@@ -98,7 +98,4 @@ def test_entries_left_in_memory_would_be_noticed(tmp_path: Path, monkeypatch: py
 def test_tables_that_differ_after_a_crash_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GrainTables, "_equalize", lambda tables: None)
     with pytest.raises(AssertionError):
-        for seed in range(4):
-            directory = tmp_path / str(seed)
-            directory.mkdir()
-            _crash(directory, seed)
+        _crash(tmp_path, 1)

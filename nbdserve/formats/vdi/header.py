@@ -196,5 +196,5 @@ def _check_places(header: Header, name: str, length: int) -> None:
             f"{name}: the block map at {header.map_offset} does not fit between the header and the data at "
             f"{header.data_offset}; the header is damaged"
         )
-    if map_end > length:
-        raise FormatError(f"{name}: the block map reaches to {map_end}, but the file has {length} bytes; truncated")
+    if header.data_offset > length:
+        raise FormatError(f"{name}: data begins at {header.data_offset}, but the file has {length} bytes; truncated")
