@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.block import BlockDevice, Data, HostFile, MemoryDevice, Zero
-from nbdserve.errors import FormatError, OpenError, ReadOnly, Unsupported
+from nbdserve.errors import FormatError, Locked, OpenError, ReadOnly, Unsupported
 from nbdserve.formats import probe
 from nbdserve.formats.vmdk.create import Subformat, create_image
 from nbdserve.formats.vmdk.stream import write_stream_optimized
@@ -22,6 +22,7 @@ from tests.formats import vmdk_images as vmdk
 from tests.formats.vmdk_images import cid_of
 from tests.formats.zero_ranges import our_zeros, qemu_zeros
 from tests.reference import needs, qemu_content, qemu_img_create, qemu_info, qemu_io, run
+from tests.serving import Served
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -485,6 +486,22 @@ def test_creating_replaces_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"precious"}
 
 
+@needs("qemu-io")
+@pytest.mark.parametrize("subformat", [Subformat.SPLIT_SPARSE, Subformat.SPLIT_FLAT])
+def test_every_file_of_a_disk_is_locked(tmp_path: Path, subformat: Subformat) -> None:
+    image = tmp_path / "a.vmdk"
+    create_image(image, MIB, subformat=subformat)
+    (extent,) = tmp_path.glob("a-*.vmdk")
+    with open_image(image):
+        for path in (image, extent):
+            with pytest.raises(AssertionError, match="lock"):
+                qemu_io(path, "write 0 512", format="raw")
+            with pytest.raises(Locked):
+                open_image(path, format="raw")
+    with open_image(image, read_only=True), open_image(image, read_only=True), pytest.raises(Locked):
+        open_image(extent, format="raw")
+
+
 # Descriptors
 
 
@@ -634,3 +651,37 @@ def test_endless_lines_take_no_time(tmp_path: Path) -> None:
     for filler in (" ", "\t=", ' "', " RW", " x=", "# "):
         image = described(tmp_path, "RW 1 ZERO" + filler * (900_000 // len(filler)))
         assert content_of(image) == bytes(512)
+
+
+@needs("qemu-img")
+def test_tables_are_dropped_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for four tables only: entries that wait to be written are in none that was dropped."""
+    monkeypatch.setattr("nbdserve.formats.vmdk.tables._CACHED_BYTES", 1)
+    monkeypatch.setattr("nbdserve.formats.vmdk.tables._MOST_WAITING", 100)
+    image = tmp_path / "a.vmdk"
+    create_image(image, 40 * MIB, grain_size=4096)  # twenty tables
+    vmdk.without_tables(image)
+    chosen = random.Random(1)
+    model = bytearray(40 * MIB)
+    with open_image(image) as device:
+        for step in range(400):
+            offset = chosen.randrange(40 * MIB - 9000)
+            model[offset : offset + 9000] = data = chosen.randbytes(9000)
+            device.write(offset, data)
+            if step % 60 == 0:
+                device.flush()
+        assert device.read(0, device.size) == model
+    judged_good(image, model)
+
+
+@needs("qemu-img")
+def test_served(tmp_path: Path) -> None:
+    """Over the wire, where large reads take other ways than small ones."""
+    content = sparse_content(20 * MIB)
+    (tmp_path / "a.raw").write_bytes(content)
+    write_stream_optimized(MemoryDevice(content), tmp_path / "stream.vmdk")
+    run("qemu-img", "convert", "-f", "raw", "-O", "vmdk", tmp_path / "a.raw", tmp_path / "sparse.vmdk")
+    for name, options in (("stream.vmdk", ("-r",)), ("sparse.vmdk", ())):
+        with Served(tmp_path / name, "-k", tmp_path / "socket", *options):
+            uri = f"nbd+unix:///?socket={tmp_path}/socket"
+            run("qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", tmp_path / "a.raw", uri)

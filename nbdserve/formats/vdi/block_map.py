@@ -32,6 +32,7 @@ ZERO = 0xFFFFFFFE
 DAMAGED = 0xFFFFFFFD  # in memory only; on disk such a number is out of range, and so damaged as well
 
 _MOST_WAITING = 1 << 16  # entries in memory alone, before they are flushed unasked
+_USED = 1  # of a block of the file: some entry names it, even a damaged one
 _CHUNK = 1 << 16  # entries looked at together: whole chunks of a map that has just been created are unallocated
 
 
@@ -61,36 +62,34 @@ class BlockMap:
             entries.byteswap()
         inside = max(0, self._file.size - self._header.data_offset)
         limit = -(-inside // self._header.block_size)
-        owners = bytearray(
-            len(entries)
-        )  # of each block of the file: 0 nobody, 1 one guest block, 2 it must not be touched
+        owners = bytearray(len(entries))  # of each block of the file, see _USED
         unused = array("I", [UNALLOCATED]) * _CHUNK
-        damaged = False
+        count, highest = 0, -1
         for start in range(0, len(entries), _CHUNK):
             chunk = entries[start : start + _CHUNK]
             if chunk == unused:
                 continue
-            for at, number in enumerate(chunk, start):
-                if number >= ZERO:
-                    continue
-                if number >= len(owners):
-                    entries[at] = DAMAGED
-                elif owners[number]:
-                    owners[number], damaged = 2, True
-                else:
-                    owners[number] = 1 if number < limit else 2
-                    damaged = damaged or number >= limit
-        if damaged:
-            self._give_up(entries, owners)
+            numbers = [number for number in chunk if number < ZERO]
+            count += len(numbers)
+            highest = max(highest, max(numbers, default=-1))
+            for number in numbers:
+                if number < len(owners):
+                    owners[number] = _USED
+        if highest >= min(limit, len(owners)) or owners.count(_USED) != count:
+            self._find_damaged(entries, owners, limit)
         self._count = len(owners.rstrip(b"\0"))
         self._gaps = _zeros_in(owners, self._count)
         return entries
 
     @staticmethod
-    def _give_up(entries: array[int], owners: bytearray) -> None:
-        """Mark the entries of blocks that several guest blocks claim, or that the file ends before."""
+    def _find_damaged(entries: array[int], owners: bytearray, limit: int) -> None:
+        """Mark the entries of blocks that several guest blocks claim, that the file ends before, or beyond the map."""
+        seen = bytearray(len(owners))
+        for number in entries:
+            if number < len(owners):
+                seen[number] = min(seen[number] + 1, 2) if number < limit else 2
         for at, number in enumerate(entries):
-            if number < len(owners) and owners[number] == 2:
+            if number < ZERO and (number >= len(owners) or seen[number] == 2):
                 entries[at] = DAMAGED
 
     def number(self, block: int) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from array import array
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import Data, GuestOffset, HostOffset, Zero
@@ -25,6 +26,9 @@ from nbdserve.block.file import HostFile, ReadBuffer
 from nbdserve.formats.base import MappedImage, OwnExtent, Reservation, Unallocated
 from nbdserve.formats.vdi.block_map import DAMAGED, UNALLOCATED, ZERO, BlockMap
 from nbdserve.formats.vdi.header import MODIFICATION_UUID, Header
+
+_AT_ONCE = 256  # entries compared at once
+_UNUSED = array("I", [UNALLOCATED]) * _AT_ONCE
 
 
 class VdiImage(MappedImage):
@@ -54,13 +58,15 @@ class VdiImage(MappedImage):
         is_data, run = self.file.data_extent(host, min(length, self.cluster_size - inside))
         return Data(run, self.file, host) if is_data else Zero(run, allocated=False)
 
-    def _run(self, block: int, number: int, inside: int, length: int) -> int:
+    def _run(self, first: int, number: int, inside: int, length: int) -> int:
         """How many of the next `length` bytes lie in blocks with the same entry."""
-        run = self.cluster_size - inside
-        while run < length and self._entries[block + 1] == number:
-            block += 1
-            run += self.cluster_size
-        return min(run, length)
+        entries = self._entries
+        stop = first + ((inside + length + self._mask) >> self._shift)
+        block = first + 1
+        while block < stop and entries[block] == number:
+            alike = entries[block : block + _AT_ONCE] == _UNUSED  # most of a large new disk is
+            block += _AT_ONCE if alike and number == UNALLOCATED else 1
+        return min(length, ((min(block, stop) - first) << self._shift) - inside)
 
     def is_mapped_in_memory(self, offset: int, length: int) -> bool:
         return True

@@ -112,11 +112,13 @@ class VmdkDisk(BlockDevice):
         return extent.map_nowait(inside, min(length, extent.size - inside))
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        extent, inside = self._at(offset)
+        number = bisect_right(self._starts, offset) - 1
+        extent, inside = self._extents[number], offset - self._starts[number]
         return extent.locate(inside, length) if inside + length <= extent.size else None
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        extent, inside = self._at(offset)
+        number = bisect_right(self._starts, offset) - 1
+        extent, inside = self._extents[number], offset - self._starts[number]
         if not self._announced or inside + length > extent.size:
             return None
         return extent.locate_writable(inside, length)

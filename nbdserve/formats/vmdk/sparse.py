@@ -37,6 +37,7 @@ class SparseExtent(MappedImage):
         self.file = file
         self._layout = layout
         self._tables = GrainTables(file, layout, read_only=read_only)
+        self._loaded = self._tables.loaded
         self._shift = layout.grain_size.bit_length() - 1
         self._mask = layout.grain_size - 1
         self._slot_bits = layout.slots.bit_length() - 1
@@ -73,6 +74,8 @@ class SparseExtent(MappedImage):
     def _same(table: array[int], slot: int, last: int) -> int:
         """How many entries from slot on are equal."""
         entry = table[slot]
+        if table[slot:last].count(entry) == last - slot:  # all of them, as in most of a new disk
+            return last - slot
         end = slot + 1
         while end < last and table[end] == entry:
             end += 1
@@ -105,13 +108,13 @@ class SparseExtent(MappedImage):
         coverage = self._shift + self._slot_bits
         tables = self._tables
         return all(
-            tables.cached(index) is not None or tables.is_absent(index)
+            index in tables.loaded or tables.is_absent(index)
             for index in range(offset >> coverage, ((offset + length - 1) >> coverage) + 1)
         )
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
         grain, inside = offset >> self._shift, offset & self._mask
-        table = self._tables.cached(grain >> self._slot_bits)
+        table = self._loaded.get(grain >> self._slot_bits)
         if inside + length > self.cluster_size or self._compressed is not None:
             return None
         if table is None:
@@ -130,7 +133,7 @@ class SparseExtent(MappedImage):
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
         grain, inside = offset >> self._shift, offset & self._mask
-        table = self._tables.cached(grain >> self._slot_bits)
+        table = self._loaded.get(grain >> self._slot_bits)
         if table is None or self.read_only or inside + length > self.cluster_size:
             return None
         sector = table[grain & (self._slots - 1)]

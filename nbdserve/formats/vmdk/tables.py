@@ -19,6 +19,7 @@ import errno
 import threading
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterator
 
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError
@@ -28,6 +29,7 @@ from nbdserve.formats.vmdk.layout import BAD_TABLE, NO_TABLE, Layout, numbers
 
 _CACHED_BYTES = 16 << 20
 _MOST_WAITING = 1 << 16
+_READ_AT_ONCE = 512  # tables
 LAST_SECTOR = 0xFFFFFFFF  # that an entry can name
 
 
@@ -35,6 +37,7 @@ class GrainTables:
     """The tables of the extent in `file`.
 
     Attributes:
+        loaded: the tables that are in memory, by number; never another dictionary, so that fast paths may keep it.
         end: where the file's used part ends, in bytes: nothing from there on is named by any entry. Only for writing.
         guarded: (starts, ends) of the ranges that hold tables or headers, in order. Only for writing.
     """
@@ -44,7 +47,7 @@ class GrainTables:
         self._layout = layout
         self._directory = layout.directory
         self._redundant = layout.redundant
-        self._tables: dict[int, array[int]] = {}
+        self.loaded: dict[int, array[int]] = {}
         self._most = max(4, _CACHED_BYTES // (layout.slots * (8 if layout.decode else 4)))
         self._loading = threading.RLock()
         self._flushing = threading.Lock()
@@ -65,18 +68,14 @@ class GrainTables:
 
     def table(self, index: int) -> array[int] | None:
         """A grain table, read if need be; None where there is none. EIO for one that does not lie in the file."""
-        table = self._tables.get(index)
+        table = self.loaded.get(index)
         if table is not None or self._directory[index] == NO_TABLE:
             return table
         with self._loading:
-            table = self._tables.get(index)
+            table = self.loaded.get(index)
             if table is None:
                 table = self._load(index)
             return table
-
-    def cached(self, index: int) -> array[int] | None:
-        """A grain table if it is in memory."""
-        return self._tables.get(index)
 
     def is_absent(self, index: int) -> bool:
         """Whether there is no such table."""
@@ -98,10 +97,14 @@ class GrainTables:
         for changes in (self._writing, self._waiting):
             for slot, entry in changes.get(index, {}).items():
                 table[slot] = entry
-        if len(self._tables) >= self._most:
-            del self._tables[next(iter(self._tables))]
-        self._tables[index] = table
+        self._keep(index, table)
         return table
+
+    def _keep(self, index: int, table: array[int]) -> None:
+        """Have a table in memory, instead of the one that has been there longest if there are many."""
+        if len(self.loaded) >= self._most:
+            del self.loaded[next(iter(self.loaded))]
+        self.loaded[index] = table
 
     # What is where, before the first write
 
@@ -133,16 +136,29 @@ class GrainTables:
     def _find_end(self) -> int:
         """Behind the file, and behind every grain that an entry names even though the file has lost it."""
         layout = self._layout
-        nothing = bytes(layout.table_size)
+        nothing = bytes(_READ_AT_ONCE * layout.table_size)
         highest = 0
-        for index in range(len(self._directory)):
-            place = self._place(index)
-            if place > BAD_TABLE:
-                raw = self._file.read(place, layout.table_size)
-                if raw != nothing:
-                    highest = max(highest, max(numbers(raw, 4)))
+        for start, end in self._places_in_a_row():
+            raw = self._file.read(start, end - start)
+            if raw != nothing[: end - start]:
+                highest = max(highest, max(numbers(raw, 4)))
         last = highest * SECTOR + layout.grain_size if highest > 1 else 0
         return max(self._file.size, layout.data_offset, self.guarded[1][-1], last)
+
+    def _places_in_a_row(self) -> Iterator[tuple[int, int]]:
+        """The places (start, end) of all tables, those that follow each other in the file together."""
+        size = self._layout.table_size
+        start = end = 0
+        for place in map(self._place, range(len(self._directory))):
+            if place <= BAD_TABLE:
+                continue
+            if place != end or end - start >= _READ_AT_ONCE * size:
+                if start < end:
+                    yield start, end
+                start = place
+            end = place + size
+        if start < end:
+            yield start, end
 
     def _equalize(self) -> None:
         """Make the redundant tables what the first ones are."""
@@ -159,7 +175,7 @@ class GrainTables:
     def is_guarded(self, start: int, end: int) -> bool:
         """Whether [start, end) touches a header or table."""
         starts, ends = self.guarded
-        return start < ends[bisect_right(starts, end - 1) - 1]
+        return start < ends[-1] and start < ends[bisect_right(starts, end - 1) - 1]
 
     # Writing
 
@@ -182,7 +198,7 @@ class GrainTables:
         starts, ends = self.guarded
         self.end, self.guarded = end, ([*starts, place], [*ends, end])
         with self._loading:
-            self._tables[index] = array("I", bytes(self._layout.table_size))
+            self._keep(index, array("I", bytes(self._layout.table_size)))
             self._unlinked.add(index)
             if self._redundant is not None:
                 self._redundant[index] = place + size
