@@ -26,7 +26,7 @@ from typing import TypeAlias
 from nbdserve import locking
 from nbdserve.block import BlockDevice, HostFile, Window
 from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats import ALIASES, FORMATS, OpenOptions, OpenReference, probe, probe_sectors
+from nbdserve.formats import ALIASES, FORMATS, OpenFile, OpenOptions, OpenReference, probe, probe_sectors
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
 _IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
@@ -205,7 +205,8 @@ class _Chain:
                     f"{file.name}: no format was given and none recognised, so it is served as raw, and its first "
                     "sector is protected; say --format raw to lift that"
                 )
-        return name, OpenOptions(read_only, below.reference_opener(file.name), snapshot, looks_like)
+        opener, parts = below.reference_opener(file.name), below.file_opener(file.name)
+        return name, OpenOptions(read_only, opener, snapshot, looks_like, parts)
 
     def reference_opener(self, owner: str) -> OpenReference:
         """What opens the files that `owner`, the last of the chain, refers to."""
@@ -217,6 +218,20 @@ class _Chain:
             return below.open_image(file, format, read_only=True, snapshot=None)
 
         return open_reference
+
+    def file_opener(self, owner: str) -> OpenFile:
+        """What opens, as they are, the files that `owner` consists of besides its own; never an image above it."""
+
+        def open_file(name: str, *, writable: bool) -> HostFile:
+            file, below = self.open_referred(owner, name, writable=writable)
+            try:
+                below._lock(file, locking.GROWER)
+            except BaseException:
+                file.close()
+                raise
+            return file
+
+        return open_file
 
     def _check_name(self, owner: str, name: str, path: str) -> None:
         """Refuse a reference for what it says, before anything is looked up."""

@@ -7,7 +7,7 @@ what was written since the last sync, and keeps everything from before it. From 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,16 +138,22 @@ class Witness:
     """Writes to a device, sectors with a number each, and knows which numbers a crash may leave in each of them.
 
     Args:
+        log: of the file or files behind it.
         areas: the sectors that are written and looked at; a write stays inside one of them.
-        before: the number in all of them at first.
+        before: the number in all of them at first; None: those that the device holds.
     """
 
-    def __init__(self, device: BlockDevice, areas: Sequence[range], before: int = 0) -> None:
-        assert isinstance(device.file, Recorder)  # type: ignore[attr-defined]
+    def __init__(
+        self, device: BlockDevice, log: list[Change | None], areas: Sequence[range], before: int | None = 0
+    ) -> None:
         self.device = device
-        self.log = device.file.log  # type: ignore[attr-defined]
+        self.log = log
         self.areas = areas
-        self._now = {sector: before for area in areas for sector in area}
+        self._now = {
+            sector: number if before is None else before
+            for area in areas
+            for sector, number in zip(area, numbers_in(device, area), strict=True)
+        }
         self.flushed: list[tuple[int, dict[int, int]]] = [(0, dict(self._now))]
         self.written: list[tuple[int, int, int]] = []  # position in the log when the write began, sector, number
 
@@ -159,7 +165,7 @@ class Witness:
                 self._now[sector] = number
         offset, length = sectors.start * SECTOR, len(sectors) * SECTOR
         if number:
-            self.device.write(offset, number.to_bytes(4, "big") * (length // 4))
+            self.device.write(offset, sector_of(number) * len(sectors))
         elif discard:
             self.device.discard(offset, length)
         else:
@@ -196,9 +202,57 @@ class Witness:
         """What a crash left holds only what it may."""
         allowed = self.allowed(moment)
         for area in self.areas:
-            left = device.read(area.start * SECTOR, len(area) * SECTOR)
-            for index, sector in enumerate(area):
-                here = left[index * SECTOR : (index + 1) * SECTOR]
-                number = int.from_bytes(here[:4], "big")
-                assert here == number.to_bytes(4, "big") * (SECTOR // 4)
+            for sector, number in zip(area, numbers_in(device, area), strict=True):
                 assert number in allowed[sector], f"moment {moment}, sector {sector}: {number}, not {allowed[sector]}"
+
+
+def sector_of(number: int) -> bytes:
+    """A sector that holds a number."""
+    return number.to_bytes(4, "big") * (SECTOR // 4)
+
+
+def numbers_in(device: BlockDevice, sectors: range) -> list[int]:
+    """The numbers that sectors hold; every sector must be all of one number."""
+    content = device.read(sectors.start * SECTOR, len(sectors) * SECTOR)
+    numbers = []
+    for start in range(0, len(content), SECTOR):
+        sector = content[start : start + SECTOR]
+        numbers.append(int.from_bytes(sector[:4], "big"))
+        assert sector == sector_of(numbers[-1]), f"sector {sectors.start + start // SECTOR} is torn"
+    return numbers
+
+
+def crash_everywhere(
+    image: Path,
+    open_recorded: Callable[[Path], tuple[BlockDevice, Recorder]],
+    reopen: Callable[[Path, bool], BlockDevice],
+    judge: Callable[[Path], None],
+    seed: int,
+) -> int:
+    """Work on a small image, then open what each crash would have left; return how many crashes there were.
+
+    Args:
+        open_recorded: opens the image for writing through a Recorder.
+        reopen: opens an image again; read-only when told so.
+        judge: looks at an image after it was opened for writing, written and closed.
+    """
+    chosen = random.Random(seed)
+    crashed = image.with_name("crashed" + image.suffix)
+    start = Remains.of(image)
+    device, recorder = open_recorded(image)
+    with device:
+        witness = Witness(device, recorder.log, [range(device.size // SECTOR)], before=None)
+        witness.work(chosen, steps=40)
+    crashes = 0
+    for moment, content in remains_of(start, recorder.log, chosen, samples=2):
+        crashed.unlink(missing_ok=True)  # some file systems wait for the disk when a file is truncated
+        content.write_to(crashed)
+        with reopen(crashed, crashes % 24 > 0) as device:
+            witness.check(device, moment)
+            if not device.read_only:  # there may be rubbish behind what is in use
+                device.write(0, bytes(device.size - 1) + b"x")
+                assert device.read(0, device.size) == bytes(device.size - 1) + b"x"
+        if not device.read_only:
+            judge(crashed)
+        crashes += 1
+    return crashes

@@ -47,7 +47,7 @@ def _crash_everywhere(
     image, crashed = _make(directory, differencing=differencing), directory / "crashed.vhdx"
     start = Remains.of(image)
     with vhdx.open_vhdx(image, file_type=Recorder) as device:
-        witness = Witness(device, AREAS, before=PARENT if differencing else 0)
+        witness = Witness(device, device.file.log, AREAS, before=PARENT if differencing else 0)
         blocks = [range(number * IN_BLOCK, (number + 1) * IN_BLOCK) for number in range(BLOCKS)]
         witness.work(chosen, steps=steps, blocks=blocks)
     crashes = 0

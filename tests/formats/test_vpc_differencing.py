@@ -105,7 +105,7 @@ def test_chain_through_the_gate(tmp_path: Path) -> None:
         assert device.read(0, device.size) == expected
     (tmp_path / "elsewhere").mkdir()
     grandchild.rename(tmp_path / "elsewhere" / "grandchild.vhd")
-    with pytest.raises(OpenError, match="parent disk: .*no such file"):
+    with pytest.raises(OpenError, match=r"parent disk: .*no such file"):
         open_image(tmp_path / "elsewhere" / "grandchild.vhd", format="vpc")
 
 
@@ -122,7 +122,7 @@ def test_another_parent_is_refused(tmp_path: Path, at: int, data: bytes, words: 
         vhd.open_vhd(child)
     assert "\n" not in str(caught.value)
     parent.write_bytes(b"not a VHD" * 1000)
-    with pytest.raises(FormatError, match="parent disk: .*not a VHD"):
+    with pytest.raises(FormatError, match=r"parent disk: .*not a VHD"):
         vhd.open_vhd(child)
 
 

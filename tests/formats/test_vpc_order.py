@@ -28,7 +28,7 @@ def _crash_everywhere(directory: Path, seed: int, *, differencing: bool = False)
         image.write_bytes(vhd.dynamic(BLOCKS * BLOCK_SIZE, BLOCK_SIZE))
     start = Remains.of(image)
     with vhd.open_vhd(image, file_type=Recorder) as device:
-        witness = Witness(device, [range(SECTORS)], before=PARENT if differencing else 0)
+        witness = Witness(device, device.file.log, [range(SECTORS)], before=PARENT if differencing else 0)
         witness.work(chosen)
     crashes = 0
     for moment, remains in remains_of(start, witness.log, chosen):
