@@ -101,6 +101,7 @@ def test_the_kernel_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     # Another guest than that module is made for: this one needs no root disk.
     monkeypatch.setattr(guest, "_INITRD_INIT", INIT)
     monkeypatch.setattr(guest, "_MODULES", MODULES)
+    monkeypatch.setattr(guest, "BOOT_SECONDS", 240.0)  # it does more than boot
     guest.build_initrd(tmp_path / "initrd", kernel)
     images, expected = [shape.make(tmp_path) for shape in SHAPES], []
     for image in images:
