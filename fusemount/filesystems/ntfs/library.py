@@ -164,7 +164,7 @@ class Mount:
             raise OpenError(_MISSING) from None
         self._device = device
         self._position = 0
-        self._failure: BaseException | None = None
+        self._failure: OSError | None = None
         self.damaged = False
         self._operations = self._make_operations()
         handle = self.calls.ntfs_device_alloc(b"image", 0, self._operations, self.ffi.NULL)
@@ -200,13 +200,10 @@ class Mount:
 
     def failure(self) -> OSError:
         """What made the last call fail: what the device raised, or the library's errno."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            self.damaged = True
-            return failure if isinstance(failure, OSError) else error(errno.EIO)
         number = self.ffi.errno or errno.EIO
         self.damaged |= number == errno.EIO
-        return error(number)
+        failure, self._failure = self._failure, None
+        return failure if failure is not None and failure.errno == number else error(number)
 
     @contextmanager
     def inode(self, reference: Reference) -> Iterator[Any]:
@@ -250,8 +247,10 @@ class Mount:
         return operations
 
     def _keep_failure(self, _: object, failure: BaseException, traceback: object) -> None:
-        self._failure = failure
-        self.ffi.errno = getattr(failure, "errno", None) or errno.EIO
+        self.damaged = True
+        number = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EIO
+        self._failure = failure if isinstance(failure, OSError) else error(number)
+        self.ffi.errno = number
 
     def _open(self, handle: Any, flags: int) -> int:
         handle.d_state |= _OPEN
@@ -298,7 +297,11 @@ class Mount:
         return 0
 
     def _stat(self, handle: Any, buffer: Any) -> int:
-        raise error(errno.EOPNOTSUPP)
+        return self._not_offered()
 
     def _ioctl(self, handle: Any, request: int, argument: Any) -> int:
-        raise error(errno.EOPNOTSUPP)
+        return self._not_offered()
+
+    def _not_offered(self) -> int:
+        self.ffi.errno = errno.EOPNOTSUPP
+        return -1
