@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from zlib import crc32
 
@@ -47,16 +47,23 @@ class Directory:
     def __init__(self, names: dict[bytes, Name]) -> None:
         self.names = names
         self._order: list[tuple[int, bytes]] | None = None
+        self._folded: dict[str, bytes] | None = None
 
     def add(self, name: bytes, entry: Name) -> None:
         """A name was given."""
         self.names[name] = entry
-        self._order = None
+        self._order = self._folded = None
 
     def remove(self, name: bytes) -> None:
         """A name was taken away."""
         self.names.pop(name, None)
-        self._order = None
+        self._order = self._folded = None
+
+    def folded(self, fold: Callable[[bytes], str]) -> dict[str, bytes]:
+        """The names by what they are without regard to case."""
+        if self._folded is None:
+            self._folded = {fold(name): name for name in self.names}
+        return self._folded
 
     def behind(self, position: int) -> list[tuple[int, bytes]]:
         """The entries behind a position, as pairs of their position and name.

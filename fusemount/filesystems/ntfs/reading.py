@@ -195,21 +195,20 @@ class NtfsReader(FileSystem):
 
     def _in_true_case(self, directory: Inode, path: bytes, start: bytes) -> bytes | None:
         """The path as the names on the volume are written; None when it leads nowhere."""
-        parts = [part for part in path.split(b"/") if part]
+        parts = []
         try:
-            for index, part in enumerate(parts):
-                if part in (b".", b".."):
-                    return None
-                names = self.directory(directory).names
-                if part not in names:
-                    folded = self._fold(part)
-                    parts[index] = next(name for name in names if self._fold(name) == folded)
-                directory = inode_of(names[parts[index]].reference)
-                if index + 1 < len(parts) and not self.node(directory).is_directory:
-                    return None
-        except (OSError, StopIteration) as failure:
-            if isinstance(failure, BlockingIOError):
-                raise
+            for part in filter(None, path.split(b"/")):
+                if part == b"..":
+                    directory = self.parent(self.node(directory))
+                    parts.append(part)
+                elif part != b".":
+                    known = self.directory(directory)
+                    name = part if part in known.names else known.folded(self._fold)[self._fold(part)]
+                    directory = inode_of(known.names[name].reference)
+                    parts.append(name)
+        except BlockingIOError:
+            raise
+        except (OSError, KeyError, UnicodeDecodeError):
             return None
         return start + b"/".join(parts)
 
