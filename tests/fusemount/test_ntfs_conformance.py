@@ -24,7 +24,9 @@ def shown_mode(mode: int) -> int:
     return kind | (0o555 if kind == stat.S_IFREG and not mode & 0o200 else 0o755)
 
 
-TRAITS = Traits(owners=False, mtime_granularity_ns=100, atime_granularity_ns=100, shown_mode=shown_mode)
+TRAITS = Traits(
+    owners=False, mtime_granularity_ns=100, atime_granularity_ns=100, text_targets=True, shown_mode=shown_mode
+)
 
 
 @pytest.mark.needs("mkfs.ntfs", "ntfsfix", "ntfsresize")

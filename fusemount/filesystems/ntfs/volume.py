@@ -94,6 +94,7 @@ class Volume:
         self.geometry = read_geometry(device)
         self._nodes: OrderedDict[int, Node] = OrderedDict()
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._first = b""
         self.reload()
 
     def reload(self) -> None:
@@ -101,7 +102,11 @@ class Volume:
         self._nodes.clear()
         self._chunks.clear()
         geometry = self.geometry
-        record = parse_record(MFT, self.device.read(geometry.mft * geometry.cluster, geometry.record))
+        block = self.device.read(geometry.mft * geometry.cluster, geometry.record)
+        if block == self._first:
+            return  # it holds the sizes of the MFT, so the whole of it is where it was
+        self._first = bytes(block)
+        record = parse_record(MFT, block)
         own = [found for found in record.attributes if found.type == Type.DATA and not found.name]
         if not own or own[0].value is not None or own[0].lowest:
             raise error(errno.EIO)

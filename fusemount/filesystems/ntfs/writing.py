@@ -92,7 +92,10 @@ class NtfsWriter(NtfsReader):
         kind = stat.S_IFMT(mode) or stat.S_IFREG
         if kind in (stat.S_IFCHR, stat.S_IFBLK):
             return self._make(directory, name, kind, "ntfs_create_device", kind, device)
-        return self._make(directory, name, kind, "ntfs_create", kind)
+        inode = self._make(directory, name, kind, "ntfs_create", kind)
+        if kind == stat.S_IFREG and not mode & 0o200:
+            self.change(inode, Changes(mode=mode))
+        return inode
 
     def make_directory(self, directory: Inode, name: bytes, mode: int, uid: int, gid: int) -> Inode:
         return self._make(directory, name, stat.S_IFDIR, "ntfs_create", stat.S_IFDIR)
