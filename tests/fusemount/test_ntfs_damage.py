@@ -17,10 +17,9 @@ from tests.fusemount.trees import facts_of
 pytestmark = pytest.mark.needs("mkfs.ntfs", "ntfs-3g")
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_image(path: Path) -> Path:
     """A small volume with something of everything, so that most damage hits what matters."""
-    path = make_ntfs(tmp_path_factory.mktemp("ntfs") / "image", 3 << 20, "-c", "512")
+    make_ntfs(path, 3 << 20, "-c", "512")
     with mounted(path, path.parent / "mnt", "-o", "compression") as root:
         (root / "compressed").mkdir()
         os.setxattr(root / "compressed", "system.ntfs_attrib_be", struct.pack(">I", 0x800))
@@ -37,6 +36,11 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 os.pwrite(one.fileno(), b"1" * 512, number * 1024)
                 os.pwrite(two.fileno(), b"2" * 512, number * 1024)
     return path
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image(tmp_path_factory.mktemp("ntfs") / "image")
 
 
 @pytest.mark.parametrize(("mode", "seed"), [("read", 1), ("write", 2)])
