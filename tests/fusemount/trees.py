@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,8 +108,10 @@ def _host_facts(path: bytes) -> Facts:
             content = hashlib.file_digest(file, "sha1").digest()
     elif stat.S_ISLNK(found.st_mode):
         content = os.readlink(path)
-    names = sorted(name for name in os.listxattr(path, follow_symlinks=False) if name.startswith("user."))
-    xattrs = tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names)
+    xattrs: tuple[tuple[str, bytes], ...] = ()
+    with suppress(OSError):  # there are kernels that offer none
+        names = sorted(name for name in os.listxattr(path, follow_symlinks=False) if name.startswith("user."))
+        xattrs = tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names)
     return Facts(
         found.st_mode,
         found.st_nlink,
