@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fusemount import guest
 from fusemount.filesystems.base import FileSystem
 from fusemount.filesystems.files import DeviceFiles
 from fusemount.vfs import ROOT, Hasty, Tree
@@ -85,7 +84,7 @@ class Assembly:
         view = self.view
         try:
             table, volumes = read_volumes(self.device, self._told)
-            self._unsafe = overlapping(volumes)
+            self._unsafe = overlapping(volumes) if view.writable and not view.raw else set()
             if view.raw:
                 return self._raw(table, volumes)
             if view.inspect:
@@ -110,23 +109,23 @@ class Assembly:
         Args:
             strictly: then refuse.
         """
-        condition = volume.condition
-        if not condition.readable:
-            raise OpenError(f"{volume.name}: {condition.remark}")
-        writable = self.view.writable
-        why_not = condition.remark if not condition.writable else ""
-        if volume.name in self._unsafe:
-            why_not = "overlaps another partition"
-        if writable and why_not:
-            if strictly:
-                raise OpenError(f"{volume.name} cannot be written: {why_not}; mount it without --rw")
+        writable = self.view.writable and volume.condition.readable
+        why_not = self._why_not_writable(volume) if writable else ""
+        if why_not and strictly:
+            raise OpenError(f"{volume.name} cannot be written: {why_not}; mount it without --rw")
+        try:
+            opened = open_volume(volume, writable=writable and not why_not)
+        except OpenError as error:
+            raise type(error)(f"{volume.name}: {error}") from None
+        if why_not:
             self._told(f"{volume.name} is mounted read-only: {why_not}")
-            writable = False
-        elif condition.remark and not writable and condition.dirty:
-            self._told(f"{volume.name}: {condition.remark}")
-        opened = open_volume(volume, writable=writable)
         self._opened.append(opened)
         return opened
+
+    def _why_not_writable(self, volume: Volume) -> str:
+        if volume.name in self._unsafe:
+            return "it overlaps another partition"
+        return "" if volume.condition.writable else volume.condition.remark
 
     def _raw(self, table: PartitionTable, volumes: list[Volume]) -> Tree:
         if self.view.partition is not None:
@@ -150,7 +149,7 @@ class Assembly:
                 opened[each.name] = self._open(each)
             except OpenError as error:
                 if each.kind and each.kind != "swap":
-                    self._told(f"{str(error).removeprefix(each.name + ': ')}; {each.name} is a file for now")
+                    self._told(f"{error}")
                 files[each.name] = _protected(each)
         if not volumes:
             raise OpenError("the partition table is empty; --raw shows the disk as a file")
@@ -166,18 +165,24 @@ class Assembly:
             root = select(table, volumes, self.view.partition)
         else:
             root = self._find_root(volumes)
+        from fusemount import guest
+
         tree = self._single(root)
         guest.mount_fstab(tree, root, volumes, self._open, self._told)
         return tree
 
     def _find_root(self, volumes: list[Volume]) -> Volume:
+        from fusemount import guest
+
         roots = []
         for each in volumes:
-            if each.condition.readable:
+            try:
                 fs = open_volume(each, writable=False).fs
-                if guest.looks_like_root(fs):
-                    roots.append(each)
-                fs.close()
+            except OpenError:
+                continue
+            if guest.looks_like_root(fs):
+                roots.append(each)
+            fs.close()
         if not roots:
             seen = ", ".join(f"{each.name} {each.kind or 'unknown'}" for each in volumes) or "nothing"
             raise OpenError(f"no guest's root file system found (there is: {seen}); name it with --partition")

@@ -104,9 +104,7 @@ def mount_fstab(tree: Tree, root: Volume, volumes: list[Volume], open_volume: Op
             continue
         if volume.name in mounted:
             continue
-        if not volume.condition.readable:
-            if volume.kind not in ("swap", ""):
-                warn(f"fstab: {place}: {volume.name} {volume.condition.remark}")
+        if volume.kind == "swap":
             continue
         where = _directory(tree, line.place)
         if where is None:
@@ -115,7 +113,7 @@ def mount_fstab(tree: Tree, root: Volume, volumes: list[Volume], open_volume: Op
         try:
             opened = open_volume(volume)
         except OpenError as error:
-            warn(f"fstab: {place}: {volume.name}: {error}")
+            warn(f"fstab: {place}: {error}")
             continue
         tree.mount(*where, opened.fs, opened.hasty)
         mounted.add(volume.name)

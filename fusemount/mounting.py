@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
-import subprocess
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -29,8 +26,12 @@ def check_host() -> None:
         raise OpenError(f"{DEVICE}: there is no such device; load it with 'modprobe fuse', or give it to the container")
     if not os.access(DEVICE, os.R_OK | os.W_OK):
         raise OpenError(f"{DEVICE}: no permission; ask for 'chmod 666 {DEVICE}', or become a member of its group")
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+    if os.geteuid() != 0 and not _has_program("fusermount3"):
         raise OpenError("fusermount3 is not installed, and only root can mount without it; install the package fuse3")
+
+
+def _has_program(name: str) -> bool:
+    return any(os.access(os.path.join(folder, name), os.X_OK) for folder in os.get_exec_path())
 
 
 def check_mountpoint(path: str) -> str:
@@ -42,6 +43,7 @@ def check_mountpoint(path: str) -> str:
     real = os.path.realpath(path)
     try:
         status = os.stat(path)
+        os.statvfs(path)  # which, unlike the attributes, is never answered from the kernel's cache
     except FileNotFoundError:
         raise OpenError(f"{path}: there is no such directory; make it with 'mkdir -p {path}'") from None
     except OSError as error:
@@ -73,6 +75,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     if os.geteuid() == 0:
         _unmount_as_root(mountpoint, lazy)
         return
+    import subprocess
+
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -119,16 +123,15 @@ def explained(mount: Callable[[], None]) -> None:
     Raises:
         OpenError: it failed.
     """
-    with tempfile.TemporaryFile() as said:
-        stderr = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            mount()
-        except RuntimeError as error:
-            said.seek(0)
-            lines = said.read().decode("utf-8", "replace").split("\n")
-            reasons = [line.split(": ", 1)[-1] for line in lines if line.strip()]
-            raise OpenError(f"mounting failed: {'; '.join(reasons) or error}") from None
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+    said, stderr = os.memfd_create("stderr"), os.dup(2)
+    os.dup2(said, 2)
+    try:
+        mount()
+    except RuntimeError as error:
+        lines = os.pread(said, 4096, 0).decode("utf-8", "replace").splitlines()
+        reasons = [line.split(": ", 1)[-1] for line in lines if line.strip()]
+        raise OpenError(f"mounting failed: {'; '.join(reasons) or error}") from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(said)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
 from typing import NamedTuple
 
 from fusemount.cache import WriteBackCache
@@ -21,7 +23,7 @@ _WITH_CACHE = frozenset(("ext2", "ext3", "ext4"))
 """Kinds whose adapter has a cache of its own, because what it caches is not what lies on the device."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Volume:
     """A partition, or the whole of a disk that has none.
 
@@ -30,7 +32,6 @@ class Volume:
         offset, size: bytes.
         partition: what the table says of it; None for a whole disk.
         signature: what lies on it; None when that is not known.
-        condition: whether it can be mounted; remarks begin with no name.
     """
 
     name: str
@@ -39,7 +40,42 @@ class Volume:
     device: BlockDevice
     partition: Partition | None
     signature: Signature | None
-    condition: Condition
+
+    @cached_property
+    def condition(self) -> Condition:
+        """Whether it can be mounted, and how; found out only when somebody wants to know."""
+        try:
+            module = self.adapter()
+            looked_at = Window(self.device, 0, self.size)
+            looked_at.read_only = False  # the question is whether the file system could be written, not the image
+            condition = module.examine(looked_at)
+            assert isinstance(condition, Condition)
+            return condition
+        except NbdserveError as error:
+            return Condition(False, False, False, str(error))
+        except OSError as error:
+            return Condition(False, False, False, f"cannot be read: {error}")
+
+    def adapter(self) -> ModuleType:
+        """What reads its file system.
+
+        Raises:
+            OpenError: nothing does; the message says what it is, and what can be done.
+        """
+        kind = self.kind
+        if not kind:
+            raise OpenError("no known file system; --raw shows it as a file")
+        if kind in ENCRYPTED:
+            raise OpenError(f"encrypted ({ENCRYPTED[kind]}); --raw shows it as a file that can be unlocked")
+        if kind in CONTAINERS:
+            raise OpenError(f"{CONTAINERS[kind]}, no file system; --raw shows it as a file")
+        try:
+            module = adapter(kind)
+        except ImportError as error:
+            raise OpenError(f"{kind} needs {error.name}; pip install 'nbdserve[fuse]'") from None
+        if module is None:
+            raise OpenError(f"{kind} is not read here; --raw shows it as a file")
+        return module
 
     @property
     def kind(self) -> str:
@@ -89,36 +125,11 @@ def read_volumes(device: BlockDevice, warn: Warn) -> tuple[PartitionTable, list[
 
 def _volume(name: str, disk: BlockDevice, offset: int, size: int, partition: Partition | None) -> Volume:
     device = disk if partition is None else Window(disk, offset, size)
-    signature = None
     try:
         signature = detect(device)
-        looked_at = Window(disk, offset, size)
-        looked_at.read_only = False  # the question is whether the file system could be written, not the image
-        condition = _condition(looked_at, signature)
-    except (OSError, NbdserveError) as error:
-        condition = Condition(False, False, False, f"cannot be read: {error}")
-    return Volume(name, offset, size, device, partition, signature, condition)
-
-
-def _condition(device: BlockDevice, signature: Signature | None) -> Condition:
-    if signature is None:
-        return Condition(False, False, False, "no known file system; --raw shows it as a file")
-    kind = signature.kind
-    if kind in ENCRYPTED:
-        return Condition(
-            False, False, False, f"is encrypted ({ENCRYPTED[kind]}); --raw shows it as a file that can be unlocked"
-        )
-    if kind in CONTAINERS:
-        return Condition(False, False, False, f"holds {CONTAINERS[kind]}, no file system; --raw shows it as a file")
-    try:
-        module = adapter(kind)
-    except ImportError as error:
-        return Condition(False, False, False, f"{kind} needs {error.name}; pip install 'nbdserve[fuse]'")
-    if module is None:
-        return Condition(False, False, False, f"{kind} is not read here; --raw shows it as a file")
-    condition = module.examine(device)
-    assert isinstance(condition, Condition)
-    return condition
+    except (OSError, NbdserveError):
+        signature = None
+    return Volume(name, offset, size, device, partition, signature)
 
 
 def select(table: PartitionTable, volumes: list[Volume], selector: str) -> Volume:
@@ -160,8 +171,7 @@ def open_volume(volume: Volume, *, writable: bool) -> Opened:
     Raises:
         OpenError: it cannot be opened so.
     """
-    module = adapter(volume.kind)
-    assert module is not None
+    module = volume.adapter()
     if volume.kind in _WITH_CACHE:
         fs = module.open_filesystem(volume.device, writable=writable)
         return Opened(fs, fs.cache, None)

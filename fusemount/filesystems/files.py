@@ -3,7 +3,7 @@
 A device has its size, whatever is done to the file: cutting one is accepted and changes nothing, as with a block device
 (`dd of=p1` and mkfs truncate what they are given). The kernel, however, believes a file that it opened with O_TRUNC to
 be empty and, with its writeback cache on, never asks again. So a file that has been cut goes on under a new inode
-number, once it is closed: its next lookup finds it in full length. This is why names do not last here (names_last).
+number: its next lookup finds it in full length. This is why names do not last here (names_last).
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ class DeviceFiles(FileSystem):
         self._names = [os.fsencode(name) for name in (*files, *directories)]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._epoch = [0] * len(self._names)
-        self._held = [0] * len(self._names)
-        self._cut = [False] * len(self._names)
         self._times = [time.time_ns()] * len(self._names)
 
     # A file's inode is 2 + its number + its epoch times the count of files.
@@ -113,19 +111,6 @@ class DeviceFiles(FileSystem):
         blocks = sum(-(-device.size // 4096) for device in self._devices)
         return Space(4096, blocks, 0, len(self._names), 0)
 
-    def hold(self, inode: Inode) -> None:
-        if inode != self.root:
-            self._held[self._number(inode)] += 1
-
-    def let_go(self, inode: Inode) -> None:
-        if inode == self.root:
-            return
-        number = self._number(inode)
-        self._held[number] -= 1
-        if self._cut[number] and not self._held[number]:
-            self._epoch[number] += 1
-            self._cut[number] = False
-
     def write(self, inode: Inode, offset: int, data: ReadBuffer) -> None:
         device = self._device(inode)
         if device.read_only:
@@ -141,7 +126,8 @@ class DeviceFiles(FileSystem):
             raise error(errno.EROFS)
         if size > device.size:
             raise error(errno.ENOSPC)
-        self._cut[self._number(inode)] = size < device.size
+        if size < device.size:
+            self._epoch[self._number(inode)] += 1
 
     def change(self, inode: Inode, changes: Changes) -> None:
         """Owners and modes are not kept; times are, for the tools that set them."""

@@ -1,4 +1,4 @@
-"""A file system in memory that counts what it has given out and what is held, to test what stands above the adapters."""
+"""A file system in memory that counts what it gives out and what is held, to test what stands above the adapters."""
 
 from __future__ import annotations
 

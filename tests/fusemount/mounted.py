@@ -67,10 +67,15 @@ def refusal(*arguments: Argument, nobody: bool = False) -> str:
     return lines[0].removeprefix("fusemount: ")
 
 
+def is_mounted(mountpoint: Path) -> bool:
+    """Asks the kernel's table: other users cannot look into a mount, nor anybody into a dead one."""
+    return any(line.split()[1] == str(mountpoint) for line in Path("/proc/mounts").read_text().splitlines())
+
+
 def tear_down(mountpoint: Path) -> None:
     """Take away whatever is still mounted there."""
-    with suppress(OSError, subprocess.TimeoutExpired):
-        if os.path.ismount(mountpoint) or not mountpoint.exists():
+    if is_mounted(mountpoint):
+        with suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(["fusermount3", "-u", "-z", mountpoint], timeout=SECONDS, capture_output=True)
 
 
@@ -93,7 +98,7 @@ def mounted(
         yield mountpoint
         ended = fusemount("--unmount", mountpoint, nobody=nobody)
         assert (ended.returncode, ended.stderr) == (0, "")
-        assert not os.path.ismount(mountpoint)
+        assert not is_mounted(mountpoint)
     finally:
         tear_down(mountpoint)
 
@@ -112,14 +117,23 @@ def open_folder() -> Iterator[Path]:
 
 
 def process_behind(mountpoint: Path) -> int:
-    """The process behind a mount."""
-    return int(os.getxattr(mountpoint, "user.fusemount.process").split()[0])
+    """The process behind a mount of the ordinary user."""
+    command = ["getfattr", "--only-values", "-n", "user.fusemount.process", mountpoint]
+    return int(run(command, nobody=True).stdout.split()[0])
+
+
+def is_running(process: int) -> bool:
+    """Whether it has not ended; a zombie has, and only waits for somebody to notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def wait_for_end(process: int) -> None:
     """Wait until a process that is not our child is gone."""
     deadline = time.monotonic() + SECONDS
-    while Path(f"/proc/{process}").exists():
+    while is_running(process):
         assert time.monotonic() < deadline, f"process {process} does not end"
         time.sleep(0.02)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusemount.mounted import CountingMount, needs_fuse, open_folder, prefix, tear_down
+from tests.fusemount.mounted import CountingMount, is_mounted, needs_fuse, open_folder, prefix, tear_down
 
 pytestmark = needs_fuse
 
@@ -232,7 +232,7 @@ def test_sigterm_writes_what_the_kernel_holds(mountpoint: Path) -> None:
         mount.sh("dd if=/dev/urandom of=big bs=64k count=32 status=none")
         mount.process.send_signal(signal.SIGTERM)
         mount.wait()
-        assert not os.path.ismount(mountpoint)
+        assert not is_mounted(mountpoint)
     assert mount.end["files"]["big"] == 2 << 20
 
 
