@@ -2,8 +2,9 @@
 
 A device has its size, whatever is done to the file: cutting one is accepted and changes nothing, as with a block device
 (`dd of=p1` and mkfs truncate what they are given). The kernel, however, believes a file that it opened with O_TRUNC to
-be empty and, with its writeback cache on, never asks again. So a file that has been cut goes on under a new inode
-number: its next lookup finds it in full length. This is why names do not last here (names_last).
+be empty and, with its writeback cache on, never asks again; nor does it after a write past the end, which it believes
+to have made the file longer. So the file goes on under a new inode number: its next lookup finds it in the length that
+it has. This is why names do not last here (names_last).
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class DeviceFiles(FileSystem):
         if device.read_only:
             raise error(errno.EROFS)
         if offset + len(data) > device.size:
+            self._epoch[self._number(inode)] += 1
             raise error(errno.ENOSPC)
         device.write(offset, data)
         self._times[self._number(inode)] = time.time_ns()

@@ -22,6 +22,9 @@ NOBODY = 65534
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 SECONDS = 60.0
 
+FAILS = 'fails() { if "$@" 2> /dev/null; then echo "succeeded: $*" >&2; exit 1; fi; }\n'
+"""A function for shell scripts: what `!` is not under `sh -e`."""
+
 Argument = str | os.PathLike[str]
 
 needs_fuse = pytest.mark.needs("fusermount3", "setpriv")
@@ -178,7 +181,7 @@ class CountingMount:
 
     def sh(self, script: str) -> str:
         """Run a shell script in the mount, as the user who has mounted it."""
-        return self._checked(run(["sh", "-ec", f"cd {self.mountpoint}\n{script}"], nobody=True))
+        return self._checked(run(["sh", "-ec", f"{FAILS}cd {self.mountpoint}\n{script}"], nobody=True))
 
     def _checked(self, result: subprocess.CompletedProcess[str]) -> str:
         assert result.returncode == 0, result.stderr

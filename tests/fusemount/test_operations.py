@@ -63,8 +63,8 @@ def test_writing(mountpoint: Path) -> None:
             printf abc > mine/text; test "$(cat mine/text)" = abc
             mkdir -p mine/d/e; mv mine/one mine/d/e/uno; test ! -e mine/one; test "$(wc -l < mine/d/e/uno)" = 2
             printf new > mine/n; mv mine/n mine/text; test "$(cat mine/text)" = new
-            ! mv -T mine/d mine/text 2>/dev/null
-            ! rmdir mine/d 2>/dev/null
+            fails mv -T mine/d mine/text
+            fails rmdir mine/d
             ln mine/text mine/hard; test "$(stat -c %h mine/text)" = 2
             rm mine/hard; test "$(stat -c %h mine/text)" = 1
             ln -s d/e mine/soft; test "$(readlink mine/soft)" = d/e; ls mine/soft/uno
@@ -159,7 +159,7 @@ with mmap.mmap(file, 1 << 20) as map:
 os.close(file)
 """
         )
-        mount.sh("cmp -n 1048576 top /dev/zero | grep -q 'byte 1,' || cmp top /dev/zero 2>&1 | grep -q 'byte 1'")
+        assert mount.sh("tr -d m < top | wc -c; stat -c %s top").split() == ["0", "1048576"]
     assert mount.end["files"]["top"] == 1 << 20
 
 
