@@ -91,6 +91,21 @@ class Mapper:
             yield from segment.runs
             position = segment.end
 
+    def note(self, record: Record, new: Run) -> None:
+        """A run was added to a file's map: what is known of the map stays right."""
+        index = bisect_right(record.map, new.logical, key=_first) - 1
+        if index < 0 or record.map[index].end < new.end:
+            record.map = []
+            return
+        runs = record.map[index].runs
+        place = bisect_right(runs, new.logical, key=_logical)
+        if place:
+            before = runs[place - 1]
+            if not before.unwritten and (before.end, before.physical + before.length) == (new.logical, new.physical):
+                runs[place - 1] = before._replace(length=before.length + new.length)
+                return
+        runs.insert(place, new)
+
     def inode_seed(self, record: Record) -> int:
         """What the checksums of an inode's blocks start with."""
         assert self._super.checksum_seed is not None

@@ -78,14 +78,21 @@ class ExtFileSystem(FileSystem):
         if not 1 <= number <= sb.inodes:
             raise error(errno.EIO)
         group, index = divmod(number - 1, sb.inodes_per_group)
-        per_block = sb.block_size // sb.descriptor_size
-        descriptors, place = self._descriptors[group // per_block], group % per_block * sb.descriptor_size
-        (table,) = struct.unpack_from("<I", descriptors, place + 8)
-        if sb.descriptor_size >= 64:
-            table |= struct.unpack_from("<I", descriptors, place + 0x28)[0] << 32
+        table = self.places_of_group(group)[2]
         if not sb.valid_range(table, -(-sb.inodes_per_group * sb.inode_size // sb.block_size)):
             raise error(errno.EIO)
-        return int(table) * sb.block_size + index * sb.inode_size
+        return table * sb.block_size + index * sb.inode_size
+
+    def places_of_group(self, group: int) -> tuple[int, int, int]:
+        """Where a group's descriptor says that its bitmaps of blocks and inodes and its inode table lie; unchecked."""
+        sb = self.superblock
+        per_block = sb.block_size // sb.descriptor_size
+        descriptors, place = self._descriptors[group // per_block], group % per_block * sb.descriptor_size
+        low = struct.unpack_from("<3I", descriptors, place)
+        if sb.descriptor_size < 64:
+            return low
+        high = struct.unpack_from("<3I", descriptors, place + 0x20)
+        return low[0] | high[0] << 32, low[1] | high[1] << 32, low[2] | high[2] << 32
 
     def _verify_inode(self, record: Record) -> None:
         if self.superblock.checksum_seed is None:
