@@ -4,7 +4,7 @@
     inodes        inodes on disk and in memory
     mapping       which blocks a file has
     directories   the blocks of directories
-    attributes    extended attributes and ACLs
+    xattrs        extended attributes and ACLs
     checksum      CRC-32C and the journal's older CRC-32
     journal       a dirty log, and the device as it is after it was replayed
     recovery      what to do with a file system that was not unmounted

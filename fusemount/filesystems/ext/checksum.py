@@ -12,12 +12,16 @@ from functools import cache
 
 ALL_ONES = 0xFFFFFFFF
 _CASTAGNOLI = 0x82F63B78  # the polynomial, lowest bit first
+_compute: Callable[[int, bytes | bytearray], int] | None = None
 _REVERSED_BYTES = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def crc32c(data: bytes | bytearray, value: int) -> int:
     """CRC-32C of data, going on from value."""
-    return _crc32c()(value, data)
+    global _compute
+    if _compute is None:
+        _compute = _fastest()
+    return _compute(value, data)
 
 
 def crc32_be(data: bytes, value: int) -> int:
@@ -30,17 +34,17 @@ def _reverse(value: int) -> int:
     return int(f"{value:032b}"[::-1], 2)
 
 
-@cache
-def _crc32c() -> Callable[[int, bytes | bytearray], int]:
+def _fastest() -> Callable[[int, bytes | bytearray], int]:
     from fusemount.filesystems.ext import library
 
     native = library.load()
     if native is None:
         return slow_crc32c
-    from_buffer, compute = library.ffi().from_buffer, native.ext2fs_crc32c_le
+    compute = native.ext2fs_crc32c_le
 
     def crc(value: int, data: bytes | bytearray) -> int:
-        return int(compute(value, from_buffer(data), len(data)))
+        checksum: int = compute(value, bytes(data), len(data))
+        return checksum
 
     return crc
 

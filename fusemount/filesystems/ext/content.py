@@ -1,8 +1,8 @@
 """Changing what files hold: finding room for blocks, linking them into a file's map, cutting files.
 
-What it keeps: space is taken from the bitmaps, then filled, then linked into the map, and given back when that fails; so
-a file never shows what was on the disk before. A map is walked and checked (mapping.whole, and that it touches no block
-of the file system's own) before libext2fs may free what it lists. Unlinked parts of allocated blocks are zeros.
+What it keeps: space is taken from the bitmaps, then filled, then linked into the map, and given back when that fails;
+so a file never shows what was on the disk before. A map is walked and checked (mapping.whole, and that it touches no
+block of the file system's own) before libext2fs may free what it lists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusemount.filesystems.ext.superblock import Incompat, ReadOnlyCompat
 from nbdserve.block.file import ReadBuffer
 
 if TYPE_CHECKING:
-    from fusemount.filesystems.ext.writing import WritableExtFileSystem
+    from fusemount.filesystems.ext.store import Store
 
 EMPTY_EXTENTS = struct.pack("<HHHHI", EXTENT_MAGIC, 0, 4, 0, 0) + bytes(48)
 EMPTY_MAP = bytes(60)
@@ -36,7 +36,7 @@ _MOST_POINTER = 1 << 32
 class Content:
     """Changes the content of the files of one file system."""
 
-    def __init__(self, filesystem: WritableExtFileSystem) -> None:
+    def __init__(self, filesystem: Store) -> None:
         self._fs = filesystem
         self._super = filesystem.superblock
         self._block_size = self._super.block_size
@@ -205,9 +205,7 @@ class Content:
         goal = self._goal(record, logical) // ratio * ratio
         found = self._engine.ffi.new("uint64_t[2]")
         self._engine.check(
-            self._lib.ext2fs_new_range(
-                self._engine.fs, 0, goal, wanted, self._engine.ffi.NULL, found, found + 1
-            )
+            self._lib.ext2fs_new_range(self._engine.fs, 0, goal, wanted, self._engine.ffi.NULL, found, found + 1)
         )
         physical, got = int(found[0]), min(int(found[1]), wanted) // ratio * ratio
         if not got or not self._super.valid_range(physical, got) or physical % ratio:
@@ -361,7 +359,7 @@ class Content:
             self._fs.write_block(node, block)
 
 
-def _own_blocks(filesystem: WritableExtFileSystem) -> list[tuple[int, int]]:
+def _own_blocks(filesystem: Store) -> list[tuple[int, int]]:
     """The ranges [start, end) of blocks that hold bitmaps, inode tables, descriptors and superblocks, in order."""
     sb = filesystem.superblock
     table = -(-sb.inodes_per_group * sb.inode_size // sb.block_size)

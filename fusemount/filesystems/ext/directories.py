@@ -1,7 +1,7 @@
 """Directory blocks: struct ext4_dir_entry_2, one behind the other, filling the block to its end.
 
-What it keeps: an entry is believed only as far as it lies inside its block; what a chain of entries says behind a broken
-one is not looked at. Source: Documentation/filesystems/ext4/directory.rst of the kernel.
+What it keeps: an entry is believed only as far as it lies inside its block; what a chain of entries says behind a
+broken one is not looked at. Source: Documentation/filesystems/ext4/directory.rst of the kernel.
 """
 
 from __future__ import annotations
@@ -73,10 +73,8 @@ def parse(block: bytes | bytearray, start: int = 0, *, has_types: bool = True) -
         if end - offset < ENTRY.size:
             raise BrokenBlock
         inode, length, name_length, kind = unpack(block, offset)
-        if end > 65532 and length in (0, 65535):
-            length = 65536
-        elif length & 3:
-            length = length & 0xFFFC | (length & 3) << 16
+        if length & 3 or not length:
+            length = _decoded(length)
         if not has_types:
             name_length |= kind << 8
             kind = 0
@@ -85,6 +83,39 @@ def parse(block: bytes | bytearray, start: int = 0, *, has_types: bool = True) -
         name = bytes(block[offset + 8 : offset + 8 + name_length])
         yield Found(offset, length, inode, name, TYPES[kind] if kind < 8 else 0)
         offset += length
+
+
+def length_of(block: bytearray, offset: int) -> int:
+    """The length of the entry at an offset."""
+    return _decoded(int.from_bytes(block[offset + 4 : offset + 6], "little"))
+
+
+def _decoded(length: int) -> int:
+    """rec_len as it is stored: lengths of 64 KiB do not fit into its 16 bits, so its two lowest ones are more of it."""
+    return 65536 if length in (0, 65535) else length & 0xFFFC | (length & 3) << 16
+
+
+def room_for(block: bytearray, start: int, end: int, name: bytes, has_types: bool) -> tuple[int, int] | None:
+    """Where the first entry lies that has room for one more with this name, and what it needs itself (0: unused).
+
+    `start`: an entry, to begin with; `end`: where the entries stop. None when there is no room. Raises BrokenBlock.
+    """
+    wanted = size_of(len(name))
+    offset = start
+    unpack = ENTRY.unpack_from
+    while offset + ENTRY.size <= end:
+        inode, length, name_length, kind = unpack(block, offset)
+        if length & 3 or not length:
+            length = _decoded(length)
+        if not has_types:
+            name_length |= kind << 8
+        needed = name_length + 11 & ~3 if inode else 0
+        if length < ENTRY.size or offset + length > end or needed > length:
+            raise BrokenBlock
+        if length - needed >= wanted:
+            return offset, needed
+        offset += length
+    return None
 
 
 def put(block: bytearray, offset: int, length: int, inode: int, name: bytes, kind: int) -> None:

@@ -1,7 +1,7 @@
 """The hash index of large directories (dir_index): finding the leaf for a name, splitting leaves, growing the index.
 
-Theory of operation. Leaves are ordinary blocks of entries. The index above them maps the hash of a name to the leaf that
-holds all names of hashes from there on; it lies in block 0 (the root, disguised as `.` and `..`) and, in larger
+Theory of operation. Leaves are ordinary blocks of entries. The index above them maps the hash of a name to the leaf
+that holds all names of hashes from there on; it lies in block 0 (the root, disguised as `.` and `..`) and, in larger
 directories, in more blocks below it. The lowest bit of a hash in the index says that names of the hash before it go on
 in this leaf. What it keeps: a leaf is split before the index learns of its new half, and no table is believed whose
 numbers do not fit its block. Source: Documentation/filesystems/ext4/directory.rst of the kernel.
@@ -23,7 +23,7 @@ from fusemount.filesystems.ext.inodes import Flag, Record
 from fusemount.filesystems.ext.superblock import Incompat
 
 if TYPE_CHECKING:
-    from fusemount.filesystems.ext.writing import WritableExtFileSystem
+    from fusemount.filesystems.ext.store import Store
 
 _ROOT_TABLE = 32
 _NODE_TABLE = 8
@@ -52,7 +52,7 @@ class Node:
 class HashIndex:
     """Works on the indexes of all directories of one file system."""
 
-    def __init__(self, filesystem: WritableExtFileSystem) -> None:
+    def __init__(self, filesystem: Store) -> None:
         self._fs = filesystem
         self._super = filesystem.superblock
         self._size = self._super.block_size
@@ -65,9 +65,7 @@ class HashIndex:
         """The hash function of an indexed directory, or else the one that a new index would have."""
         if not directory.flags & Flag.INDEX:
             return min(self._super.hash_version, _NEWEST_HASH)
-        version = self._fs.read_directory_block(directory, 0)[_INFO + 4]
-        self._check(version <= _NEWEST_HASH)
-        return version
+        return self._root(directory).block[_INFO + 4]
 
     def hash(self, version: int, name: bytes) -> tuple[int, int]:
         """The two hashes of a name; the lowest bit of the first is 0."""
@@ -76,21 +74,73 @@ class HashIndex:
         self._fs.engine.check(code)
         return int(self._hashes[0]), int(self._hashes[1])
 
-    def path(self, directory: Record, hash: int) -> list[Node]:
-        """The nodes from the root to the leaf for a hash. Raises EIO when the index is damaged."""
+    def leaves(self, directory: Record, hash: int) -> Iterator[tuple[int, int]]:
+        """From the leaf for a hash on, all leaves: the hash by which the index knows each, and its block."""
+        return self._leaves_from(directory, self._path(directory, self._root(directory), hash))
+
+    def candidates(self, directory: Record, name: bytes) -> Iterator[int]:
+        """The leaves that may hold a name: one, more only where hashes collide."""
+        root = self._root(directory)
+        hash, _ = self.hash(root.block[_INFO + 4], name)
+        leaves = self._leaves_from(directory, self._path(directory, root, hash))
+        yield next(leaves)[1]
+        for start, leaf in leaves:
+            if start != hash | 1:
+                return
+            yield leaf
+
+    def insert(self, directory: Record, name: bytes, inode: int, kind: int) -> None:
+        """Put a name that is not there into the leaf that it belongs to."""
+        while True:
+            root = self._root(directory)
+            version = root.block[_INFO + 4]
+            nodes = self._path(directory, root, self.hash(version, name)[0])
+            leaf = nodes[-1].entries[nodes[-1].at][1]
+            block = self._fs.read_directory_block(directory, leaf)
+            if self._fs.names.place(directory, leaf, block, name, inode, kind):
+                return
+            if nodes[-1].is_full:
+                self._grow(directory, nodes)
+            else:
+                self._split_leaf(directory, nodes, leaf, block, version, directories.size_of(len(name)))
+
+    def make(self, directory: Record) -> None:
+        """Give a directory of one block an index, with its entries in a second block."""
+        block = self._fs.read_directory_block(directory, 0)
+        entries = self._fs.names.used(block)
+        self._check(len(entries) >= 2 and [entry.name for entry in entries[:2]] == [b".", b".."])
+        self._fs.add_directory_block(directory, self._pack(entries[2:]))
+        self._fs.names.rewritten(directory, 0)
+        root = bytearray(self._size)
+        kind = directories.TYPE_NUMBERS[entries[0].type]
+        directories.put(root, 0, 12, entries[0].inode, b".", kind)
+        directories.put(root, 12, self._size - 12, entries[1].inode, b"..", kind)
+        struct.pack_into("<IBBBB", root, _INFO, 0, min(self._super.hash_version, _NEWEST_HASH), 8, 0, 0)
+        directory.flags |= Flag.INDEX
+        self._write(directory, Node(0, root, _ROOT_TABLE, [(0, 1)], self._limit(_ROOT_TABLE)))
+        self._fs.save(directory)
+
+    @property
+    def _most_levels(self) -> int:
+        return 3 if self._super.has(Incompat.LARGEDIR) else 2
+
+    def _root(self, directory: Record) -> Node:
+        """The root of a directory's index. Raises EIO when it is none."""
         root = self._read(directory, 0, _ROOT_TABLE)
         version, length, levels = root.block[_INFO + 4 : _INFO + 7]
         self._check(version <= _NEWEST_HASH and length == 8 and levels < self._most_levels)
+        return root
+
+    def _path(self, directory: Record, root: Node, hash: int) -> list[Node]:
+        """The nodes from the root to the leaf for a hash."""
         nodes = [root]
-        for _ in range(levels):
+        for _ in range(root.block[_INFO + 6]):
             self._descend(nodes[-1], hash)
             nodes.append(self._read(directory, nodes[-1].entries[nodes[-1].at][1], _NODE_TABLE))
         self._descend(nodes[-1], hash)
         return nodes
 
-    def leaves(self, directory: Record, hash: int) -> Iterator[tuple[int, int]]:
-        """From the leaf for a hash on, all leaves: the hash by which the index knows each, and its block."""
-        nodes = self.path(directory, hash)
+    def _leaves_from(self, directory: Record, nodes: list[Node]) -> Iterator[tuple[int, int]]:
         start = 0
         for _ in range(directory.size // self._size):  # there are no more leaves than that
             yield start, nodes[-1].entries[nodes[-1].at][1]
@@ -105,58 +155,13 @@ class HashIndex:
                 parent = nodes[below - 1]
                 nodes[below] = self._read(directory, parent.entries[parent.at][1], _NODE_TABLE)
 
-    def candidates(self, directory: Record, name: bytes) -> Iterator[int]:
-        """The leaves that may hold a name: one, more only where hashes collide."""
-        hash, _ = self.hash(self.version(directory), name)
-        leaves = self.leaves(directory, hash)
-        yield next(leaves)[1]
-        for start, leaf in leaves:
-            if start != hash | 1:
-                return
-            yield leaf
-
-    def insert(self, directory: Record, name: bytes, inode: int, kind: int) -> None:
-        """Put a name that is not there into the leaf that it belongs to."""
-        version = self.version(directory)
-        hash, _ = self.hash(version, name)
-        while True:
-            nodes = self.path(directory, hash)
-            leaf = nodes[-1].entries[nodes[-1].at][1]
-            block = self._fs.read_directory_block(directory, leaf)
-            if self._fs.names.place(block, name, inode, kind):
-                self._fs.write_directory_block(directory, leaf, block)
-                return
-            if nodes[-1].is_full:
-                self._grow(directory, nodes)
-            else:
-                self._split_leaf(directory, nodes, leaf, block, version, directories.size_of(len(name)))
-
-    def make(self, directory: Record) -> None:
-        """Give a directory of one block an index, with its entries in a second block."""
-        block = self._fs.read_directory_block(directory, 0)
-        entries = self._fs.names.used(block)
-        self._check(len(entries) >= 2 and [entry.name for entry in entries[:2]] == [b".", b".."])
-        self._fs.add_directory_block(directory, self._pack(entries[2:]))
-        root = bytearray(self._size)
-        kind = directories.TYPE_NUMBERS[entries[0].type]
-        directories.put(root, 0, 12, entries[0].inode, b".", kind)
-        directories.put(root, 12, self._size - 12, entries[1].inode, b"..", kind)
-        struct.pack_into("<IBBBB", root, _INFO, 0, min(self._super.hash_version, _NEWEST_HASH), 8, 0, 0)
-        directory.flags |= Flag.INDEX
-        self._write(directory, Node(0, root, _ROOT_TABLE, [(0, 1)], self._limit(_ROOT_TABLE)))
-        self._fs.save(directory)
-
-    @property
-    def _most_levels(self) -> int:
-        return 3 if self._super.has(Incompat.LARGEDIR) else 2
-
     def _split_leaf(
         self, directory: Record, nodes: list[Node], leaf: int, block: bytearray, version: int, needed: int
     ) -> None:
         """Make room in a leaf: by moving its entries together, or the upper half of them into a new leaf."""
         entries = self._fs.names.used(block)
         if sum(entry.needed for entry in entries) + needed <= self._room:
-            self._fs.write_directory_block(directory, leaf, self._pack(entries))
+            self._rewrite(directory, leaf, entries)
             return
         hashed = sorted((self.hash(version, entry.name)[0], entry.offset, entry) for entry in entries)
         self._check(len(hashed) >= 2)
@@ -167,10 +172,14 @@ class HashIndex:
         middle = min(middle, len(hashed) - 1)
         start = hashed[middle][0] | (hashed[middle][0] == hashed[middle - 1][0])
         new = self._fs.add_directory_block(directory, self._pack([entry for _, _, entry in hashed[middle:]]))
-        self._fs.write_directory_block(directory, leaf, self._pack([entry for _, _, entry in hashed[:middle]]))
+        self._rewrite(directory, leaf, [entry for _, _, entry in hashed[:middle]])
         lowest = nodes[-1]
         lowest.entries.insert(lowest.at + 1, (start, new))
         self._write(directory, lowest)
+
+    def _rewrite(self, directory: Record, leaf: int, entries: list[Found]) -> None:
+        self._fs.names.rewritten(directory, leaf)
+        self._fs.write_directory_block(directory, leaf, self._pack(entries))
 
     def _grow(self, directory: Record, nodes: list[Node]) -> None:
         """Make room in the lowest node: split the highest node below one that has room, or add a level."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import stat
 import struct
-from enum import IntFlag
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from fusemount.filesystems.base import Attributes, Inode, error
@@ -25,8 +25,8 @@ _SECOND = 10**9
 _FIRST_SECOND, _LAST_SECOND = -(1 << 31), (1 << 34) - (1 << 31) - 1
 
 
-class Flag(IntFlag):
-    """i_flags"""
+class Flag(IntEnum):
+    """i_flags, one bit each. Not an IntFlag: inodes are looked at too often for that."""
 
     SYNC = 0x8
     IMMUTABLE = 0x10
@@ -48,6 +48,7 @@ class Record:
 
     Attributes:
         raw: the bytes it was read from, kept for what has no attribute here.
+        crtime_ns: set for a new inode; None leaves the time of creation as it is in raw.
         block: i_block, 60 bytes: the root of the map of its blocks, or its content.
         map: what mapping has found out about its blocks so far.
     """
@@ -56,6 +57,25 @@ class Record:
         "atime_ns", "attribute_block", "block", "crtime_ns", "ctime_ns", "dtime", "extra_size", "flags", "generation",
         "gid", "links", "map", "mode", "mtime_ns", "number", "raw", "sectors", "size", "uid",
     )  # fmt: skip
+
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    links: int
+    sectors: int
+    flags: int
+    block: bytes
+    generation: int
+    attribute_block: int
+    dtime: int
+    extra_size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    crtime_ns: int | None
+    raw: bytes
+    map: list[Segment]
 
     def __init__(self, number: Inode, raw: bytes | bytearray) -> None:
         self.number = number
@@ -73,20 +93,19 @@ class Record:
         self.size = size | size_high << 32
         self.sectors = sectors | sectors_high << 32
         self.attribute_block = acl | acl_high << 32
-        self.map: list[Segment] = []
+        self.map = []
         self.extra_size = 0
-        self.crtime_ns: int | None = None
+        self.crtime_ns = None
         ctime_extra = mtime_extra = atime_extra = 0
         if len(raw) > GOOD_OLD_SIZE:
-            extra, _, ctime_extra, mtime_extra, atime_extra, crtime, crtime_extra, _, _ = _EXTRA.unpack_from(raw, 128)
+            extra, _, ctime_extra, mtime_extra, atime_extra, _, _, _, _ = _EXTRA.unpack_from(raw, 128)
             if extra > len(raw) - GOOD_OLD_SIZE or extra & 3:
                 raise error(errno.EIO)
             self.extra_size = extra
-            ctime_extra = ctime_extra if extra >= 8 else 0
-            mtime_extra = mtime_extra if extra >= 12 else 0
-            atime_extra = atime_extra if extra >= 16 else 0
-            if extra >= 24:
-                self.crtime_ns = _nanoseconds(crtime, crtime_extra)
+            if extra < 16:
+                ctime_extra = ctime_extra if extra >= 8 else 0
+                mtime_extra = mtime_extra if extra >= 12 else 0
+                atime_extra = 0
         self.ctime_ns = _nanoseconds(ctime, ctime_extra)
         self.mtime_ns = _nanoseconds(mtime, mtime_extra)
         self.atime_ns = _nanoseconds(atime, atime_extra)
@@ -121,11 +140,11 @@ class Record:
 
     @property
     def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.mode)
+        return self.mode & 0o170000 == stat.S_IFDIR
 
     @property
     def is_regular(self) -> bool:
-        return stat.S_ISREG(self.mode)
+        return self.mode & 0o170000 == stat.S_IFREG
 
     @property
     def has_inline_data(self) -> bool:
@@ -138,10 +157,10 @@ class Record:
     @property
     def device(self) -> int:
         """The number of a device node, as os.makedev packs it; kept in i_block in the old form or the new."""
-        if not (stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode)):
+        if self.mode & 0o170000 not in (stat.S_IFCHR, stat.S_IFBLK):
             return 0
         old, new = struct.unpack_from("<II", self.block)
-        return new if not old else old & 0xFFFF
+        return int(old & 0xFFFF or new)
 
     def attributes(self, block_size: int) -> Attributes:
         """What stat(2) tells."""
@@ -169,7 +188,7 @@ def clamp_time(nanoseconds: int, extra_size: int) -> int:
 def _nanoseconds(seconds: int, extra: int) -> int:
     """The lower 32 bits of seconds are signed; extra holds two more bits of them, then 30 bits of nanoseconds."""
     signed = seconds - ((seconds & 0x80000000) << 1)
-    return (signed + ((extra & 3) << 32)) * _SECOND + min(extra >> 2, _SECOND - 1)
+    return (signed + ((extra & 3) << 32)) * _SECOND + (extra >> 2)
 
 
 def _seconds(nanoseconds: int, with_extra: bool) -> tuple[int, int]:

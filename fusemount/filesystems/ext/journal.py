@@ -17,7 +17,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from fusemount.filesystems.ext.checksum import ALL_ONES, crc32_be, crc32c
 from fusemount.filesystems.ext.mapping import Run
@@ -46,7 +46,7 @@ class BlockType(IntEnum):
     REVOKE = 5
 
 
-class TagFlag(IntFlag):
+class TagFlag(IntEnum):
     """t_flags"""
 
     ESCAPE = 1
@@ -54,7 +54,7 @@ class TagFlag(IntFlag):
     LAST = 8
 
 
-class Incompat(IntFlag):
+class Incompat(IntEnum):
     """s_feature_incompat of the journal"""
 
     REVOKE = 0x1
@@ -111,12 +111,14 @@ class Journal:
         magic, kind, _ = _HEADER.unpack_from(raw)
         block_size, length, self._first, self._sequence, self._start = struct.unpack_from(">5I", raw, 12)
         (self.error,) = struct.unpack_from(">i", raw, 32)
-        compat, incompat, ro_compat = struct.unpack_from(">3I", raw, 36) if kind == BlockType.SUPERBLOCK_V2 else (0, 0, 0)
+        compat, incompat, ro_compat = (
+            struct.unpack_from(">3I", raw, 36) if kind == BlockType.SUPERBLOCK_V2 else (0, 0, 0)
+        )
         if magic != MAGIC or kind not in (BlockType.SUPERBLOCK_V1, BlockType.SUPERBLOCK_V2):
             raise Damaged("has no valid superblock")
         if incompat & ~sum(Incompat) or ro_compat:
             raise Damaged("uses a feature that is unknown here")
-        self._incompat = Incompat(incompat)
+        self._incompat = incompat
         self._old_checksums = bool(compat & _COMPAT_CHECKSUM)
         self._checksums = bool(incompat & (Incompat.CSUM_V2 | Incompat.CSUM_V3))
         self._seed = crc32c(raw[48:64], ALL_ONES) if self._checksums else 0
@@ -277,7 +279,7 @@ class Journal:
         if self._old_checksums:
             kind, size = block[12], block[13]
             unused = kind == 0 and size == 0 and found == 0
-            return unused or (kind == _CRC32 and size == 4 and current.checksum == found)
+            return bool(unused or (kind == _CRC32 and size == 4 and current.checksum == found))
         return True
 
     def _has_fast_commit(self, end: int) -> bool:

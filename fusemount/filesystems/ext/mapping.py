@@ -1,8 +1,9 @@
 """Where the blocks of a file lie: the extent trees of ext4 and the block maps of ext2 and ext3, read directly.
 
 What it keeps: no number from a tree is used before it was checked. Blocks lie inside the file system, logical numbers
-rise strictly, the depth falls by one a level; so no walk runs in a circle, whatever the image holds. A map is read piece
-by piece (a segment: what one node tells), each when somebody asks for a block that it covers, and kept with the inode.
+rise strictly, the depth falls by one a level; so no walk runs in a circle, whatever the image holds. A map is read
+piece by piece (a segment: what one node tells), each when somebody asks for a block that it covers, and kept with the
+inode.
 
 Sources: Documentation/filesystems/ext4/ifork.rst and blockmap.rst of the kernel.
 """
@@ -13,6 +14,7 @@ import errno
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from fusemount.filesystems.base import error
@@ -143,7 +145,7 @@ class Mapper:
             if depth == 0:
                 return Segment(first, end, self._leaf(entries, first, end), place)
             firsts = [entry[0] for entry in entries]
-            self._check(bool(firsts) and all(a < b for a, b in zip(firsts, firsts[1:], strict=False)))
+            self._check(bool(firsts) and all(a < b for a, b in pairwise(firsts)))
             self._check(first <= firsts[0] and firsts[-1] < end)
             chosen = max(bisect_right(firsts, block) - 1, 0)
             if chosen:

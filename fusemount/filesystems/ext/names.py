@@ -2,7 +2,8 @@
 
 What it keeps: an entry never moves in a directory without a hash index, and in one with an index a name's place follows
 from its hash alone; so whoever reads a directory piece by piece sees every name that stays exactly once. Where a
-directory could get an index at any time (it has one block, or lies in its inode) it is shown in the order of hashes too.
+directory could get an index at any time (it has one block, or lies in its inode) it is shown in the order of hashes
+too.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from fusemount.filesystems.ext.inodes import Flag, Record
 from fusemount.filesystems.ext.superblock import Compat, Incompat
 
 if TYPE_CHECKING:
-    from fusemount.filesystems.ext.writing import WritableExtFileSystem
+    from fusemount.filesystems.ext.store import Store
 
+_MOST_PLACES = 10_000
 _TIES = 256  # names of equal hashes that can be told apart
 
 
@@ -37,13 +39,14 @@ class Place(NamedTuple):
 class DirectoryWriter:
     """Changes the directories of one file system."""
 
-    def __init__(self, filesystem: WritableExtFileSystem) -> None:
+    def __init__(self, filesystem: Store) -> None:
         self._fs = filesystem
         self._super = filesystem.superblock
         self._size = self._super.block_size
         self._has_types = self._super.has(Incompat.FILETYPE)
         self._has_index = self._super.has(Compat.DIR_INDEX)
         self._tail = directories.TAIL_SIZE if self._super.checksum_seed is not None else 0
+        self._places: dict[tuple[int, int], int] = {}  # directory and block -> the entry that had room last
         self._first_with_room: dict[int, int] = {}  # directory without index -> its blocks before this one are full
         self.index = HashIndex(filesystem)
 
@@ -63,25 +66,40 @@ class DirectoryWriter:
             directories.put_tail(block)
         return block
 
-    def place(self, block: bytearray, name: bytes, inode: int, kind: int) -> bool:
-        """Put an entry where a block has room for it; False when it has none. `kind`: type bits of the mode."""
-        needed = directories.size_of(len(name))
-        number = directories.TYPE_NUMBERS[kind] if self._has_types else 0
+    def place(self, directory: Record, logical: int, block: bytearray, name: bytes, inode: int, kind: int) -> bool:
+        """Put an entry where a block of a directory has room for it and write the block; False when it has none.
+
+        The search goes on where it ended last time, for a directory is mostly filled in one go.
+        """
+        end = len(block) - (directories.TAIL_SIZE if self._tail and directories.has_tail(block) else 0)
         try:
-            for found in self._entries(block):
-                room = found.length - found.needed
-                if room >= needed:
-                    if found.inode:
-                        self._set_length(block, found.offset, found.needed)
-                    directories.put(block, found.offset + found.needed, room, inode, name, number)
-                    return True
+            start = self._places.get((directory.number, logical), 0)
+            room = directories.room_for(block, start, end, name, self._has_types)
+            if room is None and start:
+                room = directories.room_for(block, 0, end, name, self._has_types)
         except BrokenBlock:
             raise error(errno.EIO) from None
-        return False
+        if room is None:
+            return False
+        offset, needed = room
+        length = directories.length_of(block, offset)
+        if needed:
+            self._set_length(block, offset, needed)
+        number = directories.TYPE_NUMBERS[kind] if self._has_types else 0
+        directories.put(block, offset + needed, length - needed, inode, name, number)
+        self._fs.write_directory_block(directory, logical, block)
+        if len(self._places) > _MOST_PLACES:
+            self._places.clear()
+        self._places[directory.number, logical] = offset + needed
+        return True
+
+    def rewritten(self, directory: Record, logical: int) -> None:
+        """The entries of a block lie elsewhere in it now."""
+        self._places.pop((directory.number, logical), None)
 
     def _entries(self, block: bytearray) -> Iterator[Found]:
         tail = directories.TAIL_SIZE if self._tail and directories.has_tail(block) else 0
-        return directories.parse(memoryview(block)[: len(block) - tail], has_types=self._has_types)
+        return directories.parse(block[: len(block) - tail] if tail else block, has_types=self._has_types)
 
     @staticmethod
     def _set_length(block: bytearray, offset: int, length: int) -> None:
@@ -104,8 +122,7 @@ class DirectoryWriter:
             if not self._fs.has_block(directory, logical):
                 continue
             block = self._fs.read_directory_block(directory, logical)
-            if self.place(block, name, inode, kind):
-                self._fs.write_directory_block(directory, logical, block)
+            if self.place(directory, logical, block, name, inode, kind):
                 self._first_with_room[directory.number] = logical
                 self._fs.name_added(directory, name, inode, kind)
                 return
@@ -144,6 +161,7 @@ class DirectoryWriter:
         else:
             block[found.offset : found.offset + 4] = bytes(4)
         self._fs.write_directory_block(directory, logical, block)
+        self.rewritten(directory, logical)
         if logical < self._first_with_room.get(directory.number, 0):
             self._first_with_room[directory.number] = logical
         self._fs.name_removed(directory, name)
@@ -160,6 +178,8 @@ class DirectoryWriter:
     def forget(self, directory: Record) -> None:
         """The directory is gone."""
         self._first_with_room.pop(directory.number, None)
+        for logical in range(directory.size // self._size):
+            self.rewritten(directory, logical)
 
     def _may_hold(self, directory: Record, name: bytes) -> Iterator[int]:
         if self.is_indexed(directory) and name != b"..":

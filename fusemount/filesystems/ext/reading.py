@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from fusemount.cache import WriteBackCache
 from fusemount.filesystems.base import Attributes, Entry, FileSystem, Inode, Space, error
-from fusemount.filesystems.ext import attributes, directories
+from fusemount.filesystems.ext import directories, xattrs
 from fusemount.filesystems.ext.checksum import crc32c
 from fusemount.filesystems.ext.inodes import ROOT, Flag, Record
 from fusemount.filesystems.ext.mapping import Mapper
@@ -34,7 +34,7 @@ class ExtFileSystem(FileSystem):
     """An ext file system that is only read.
 
     Attributes:
-        cache: the device as it is seen here; inside cache.without_waiting() reads raise BlockingIOError sooner than wait.
+        cache: the device; inside cache.without_waiting() reads raise BlockingIOError sooner than wait for the disk.
         freed_by_recovery: free blocks and inodes that the group descriptors do not know of yet, see recovery.
     """
 
@@ -191,8 +191,8 @@ class ExtFileSystem(FileSystem):
         if directory.has_inline_data:
             if position < len(directory.block):
                 yield directories.Part(0, 4, directory.block)  # begins with the number of the parent
-            for attribute in attributes.in_inode(directory):
-                if attribute.name == attributes.INLINE_DATA and attribute.value:
+            for attribute in xattrs.in_inode(directory):
+                if attribute.name == xattrs.INLINE_DATA and attribute.value:
                     yield directories.Part(len(directory.block), 0, attribute.value)
             return
         size = self._block_size
@@ -218,8 +218,10 @@ class ExtFileSystem(FileSystem):
             return False
         limit, count = struct.unpack_from("<HH", block, table)
         end = table + 8 * limit
-        return count <= limit and end + 8 <= len(block) and (
-            self.index_checksum(directory, block, table) == block[end + 4 : end + 8]
+        return (
+            count <= limit
+            and end + 8 <= len(block)
+            and (self.index_checksum(directory, block, table) == block[end + 4 : end + 8])
         )
 
     def directory_checksum(self, directory: Record, block: bytes | bytearray) -> bytes:
@@ -264,7 +266,7 @@ class ExtFileSystem(FileSystem):
         return content
 
     def _inline_content(self, record: Record) -> bytes:
-        rest = [item.value for item in attributes.in_inode(record) if item.name == attributes.INLINE_DATA]
+        rest = [item.value for item in xattrs.in_inode(record) if item.name == xattrs.INLINE_DATA]
         return (record.block + b"".join(rest))[: record.size]
 
     def read_link(self, inode: Inode) -> bytes:
@@ -275,15 +277,16 @@ class ExtFileSystem(FileSystem):
             raise error(_ENOKEY)
         if record.size > self._block_size or not record.size:
             raise error(errno.EIO)
+        target: ReadBuffer
         if record.has_inline_data:
             target = self._inline_content(record)
         elif self.is_fast_symlink(record):
             target = record.block[: record.size]
         else:
-            target = bytes(self.read_content(record, 0, record.size))
-        if len(target) < record.size or b"\0" in target:
+            target = self.read_content(record, 0, record.size)
+        if len(target) < record.size or 0 in target:
             raise error(errno.EIO)
-        return target
+        return bytes(target)
 
     def is_fast_symlink(self, record: Record) -> bool:
         """Whether the target of a symbolic link is kept in place of the map of its blocks."""
@@ -295,25 +298,25 @@ class ExtFileSystem(FileSystem):
 
     def xattr_names(self, inode: Inode) -> list[bytes]:
         names = [attribute.name for attribute in self.stored_attributes(self.record(inode))]
-        return [name for name in names if name != attributes.INLINE_DATA]
+        return [name for name in names if name != xattrs.INLINE_DATA]
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
         for attribute in self.stored_attributes(self.record(inode)):
-            if attribute.name == name and name != attributes.INLINE_DATA:
+            if attribute.name == name and name != xattrs.INLINE_DATA:
                 value = self._attribute_value(attribute)
-                is_acl = name in (attributes.ACCESS_ACL, attributes.DEFAULT_ACL)
-                return attributes.acl_as_shown(value) if is_acl else value
+                is_acl = name in (xattrs.ACCESS_ACL, xattrs.DEFAULT_ACL)
+                return xattrs.acl_as_shown(value) if is_acl else value
         raise error(errno.ENODATA)
 
-    def stored_attributes(self, record: Record) -> list[attributes.Attribute]:
+    def stored_attributes(self, record: Record) -> list[xattrs.Attribute]:
         """The extended attributes of an inode as they are stored."""
-        found = list(attributes.in_inode(record))
+        found = list(xattrs.in_inode(record))
         if record.attribute_block:
             if not self.superblock.valid_range(record.attribute_block):
                 raise error(errno.EIO)
             block = bytes(self.read_block(record.attribute_block))
             self._verify_attributes(record.attribute_block, block)
-            found += attributes.in_block(block)
+            found += xattrs.in_block(block)
         return found
 
     def _verify_attributes(self, number: int, block: bytes) -> None:
@@ -322,11 +325,11 @@ class ExtFileSystem(FileSystem):
             if crc32c(content, self.superblock.checksum_seed) != int.from_bytes(block[16:20], "little"):
                 raise error(errno.EIO)
 
-    def _attribute_value(self, attribute: attributes.Attribute) -> bytes:
+    def _attribute_value(self, attribute: xattrs.Attribute) -> bytes:
         if not attribute.value_inode:
             return attribute.value
         record = self.record(attribute.value_inode)
-        if not record.flags & Flag.EA_INODE or record.size != attribute.size or attribute.size > attributes.MAX_VALUE:
+        if not record.flags & Flag.EA_INODE or record.size != attribute.size or attribute.size > xattrs.MAX_VALUE:
             raise error(errno.EIO)
         return bytes(self.read_content(record, 0, record.size))
 
@@ -353,5 +356,3 @@ def _folded(name: bytes) -> bytes:
         return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name.decode()).casefold()).encode()
     except UnicodeDecodeError:
         return name
-
-

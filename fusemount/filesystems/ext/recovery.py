@@ -71,7 +71,9 @@ def find(device: BlockDevice) -> Found:
     try:
         journal = _journal(device, superblock)
         if not dirty:
-            problem = "its journal recorded an error; run e2fsck on it to write, it can be read" if journal.error else ""
+            problem = (
+                "its journal recorded an error; run e2fsck on it to write, it can be read" if journal.error else ""
+            )
             return Found(device, superblock, journal, None, problem or superblock.why_not_writable())
         log = journal.scan()
     except (Damaged, OSError) as problem:

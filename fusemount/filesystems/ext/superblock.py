@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum
 
 from fusemount.filesystems.ext.checksum import ALL_ONES, crc32c
 from nbdserve.block.device import BlockDevice
@@ -26,7 +26,7 @@ _HEAD = struct.Struct("<13I6H4I2H")  # up to s_def_resgid
 _DYNAMIC = struct.Struct("<I2H3I16s")  # s_first_ino up to s_uuid, at 84
 
 
-class Compat(IntFlag):
+class Compat(IntEnum):
     """s_feature_compat"""
 
     HAS_JOURNAL = 0x4
@@ -36,7 +36,7 @@ class Compat(IntFlag):
     ORPHAN_FILE = 0x1000
 
 
-class Incompat(IntFlag):
+class Incompat(IntEnum):
     """s_feature_incompat"""
 
     COMPRESSION = 0x1
@@ -57,7 +57,7 @@ class Incompat(IntFlag):
     CASEFOLD = 0x20000
 
 
-class ReadOnlyCompat(IntFlag):
+class ReadOnlyCompat(IntEnum):
     """s_feature_ro_compat"""
 
     SPARSE_SUPER = 0x1
@@ -78,7 +78,7 @@ class ReadOnlyCompat(IntFlag):
     ORPHAN_PRESENT = 0x10000
 
 
-class State(IntFlag):
+class State(IntEnum):
     """s_state"""
 
     VALID = 1
@@ -147,12 +147,9 @@ class Superblock:
 
     def has(self, feature: Compat | Incompat | ReadOnlyCompat) -> bool:
         """Whether a feature is on."""
-        match feature:
-            case Compat():
-                return bool(self.compat & feature)
-            case Incompat():
-                return bool(self.incompat & feature)
-        return bool(self.ro_compat & feature)
+        kind = type(feature)
+        word = self.compat if kind is Compat else self.incompat if kind is Incompat else self.ro_compat
+        return bool(word & feature)
 
     @property
     def cluster_blocks(self) -> int:

@@ -1,4 +1,4 @@
-"""Extended attributes: struct ext4_xattr_entry in inodes and in blocks of their own, and POSIX ACLs in both their forms.
+"""Extended attributes: struct ext4_xattr_entry in inodes and in blocks of their own; POSIX ACLs in both their forms.
 
 What it keeps: every offset and size is checked against the area it points into before it is followed; a broken area is
 EIO for its file alone. Source: Documentation/filesystems/ext4/attributes.rst of the kernel; include/linux/posix_acl*.h
