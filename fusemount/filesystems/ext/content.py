@@ -95,12 +95,11 @@ class Content:
             self.check_own(run)
             doomed = doomed or run.end > first
         if doomed or not first:
+            lib, null = self._lib, self._engine.ffi.NULL
             with self.native(record) as raw:
-                self._engine.check(
-                    self._lib.ext2fs_punch(
-                        self._engine.fs, record.number, raw, self._engine.ffi.NULL, first, (1 << 64) - 1
-                    )
-                )
+                code = lib.ext2fs_punch(self._engine.fs, record.number, raw, null, first, (1 << 64) - 1)
+                self._engine.check(code)
+            record.map = []
 
     def add_block(self, record: Record, logical: int) -> int:
         """Give a file one block, not written yet, where it has none; its number."""

@@ -163,8 +163,13 @@ class Record:
         return int(old & 0xFFFF or new)
 
     def attributes(self, block_size: int) -> Attributes:
-        """What stat(2) tells."""
-        sectors = self.sectors * (block_size // 512) if self.flags & Flag.HUGE_FILE else self.sectors
+        """What stat(2) tells. As with the kernel, content in the inode counts, lest it be taken for a hole."""
+        sectors = self.sectors
+        if self.flags & (Flag.HUGE_FILE | Flag.INLINE_DATA):
+            if self.flags & Flag.HUGE_FILE:
+                sectors *= block_size // 512
+            elif self.is_regular:
+                sectors += (self.size + 511) // 512
         return Attributes(
             self.number, self.mode, self.links, self.uid, self.gid, self.size, sectors,
             self.atime_ns, self.mtime_ns, self.ctime_ns, self.device,
@@ -180,9 +185,10 @@ def device_block(device: int) -> bytes:
 
 
 def clamp_time(nanoseconds: int, extra_size: int) -> int:
-    """The nearest time that an inode can hold."""
-    last = _LAST_SECOND if extra_size >= 16 else (1 << 31) - 1
-    return max(_FIRST_SECOND * _SECOND, min(nanoseconds, last * _SECOND + _SECOND - 1))
+    """The nearest time that an inode can hold; small inodes hold no fractions of seconds."""
+    if extra_size < 16:
+        return max(_FIRST_SECOND, min(nanoseconds // _SECOND, (1 << 31) - 1)) * _SECOND
+    return max(_FIRST_SECOND * _SECOND, min(nanoseconds, (_LAST_SECOND + 1) * _SECOND - 1))
 
 
 def _nanoseconds(seconds: int, extra: int) -> int:

@@ -275,7 +275,7 @@ class Journal:
     def _commit_is_right(self, block: bytes, current: _Transaction) -> bool:
         (found,) = struct.unpack_from(">I", block, 16)
         if self._checksums:
-            return crc32c(block[:16] + bytes(4) + block[20:], self._seed) == found
+            return crc32c(block[:16] + bytes(4) + block[20:], self._seed) == int(found)
         if self._old_checksums:
             kind, size = block[12], block[13]
             unused = kind == 0 and size == 0 and found == 0
@@ -285,8 +285,8 @@ class Journal:
     def _has_fast_commit(self, end: int) -> bool:
         if not self._incompat & Incompat.FAST_COMMIT:
             return False
-        block = self._read(self._end)
-        return block[:4] == _FAST_COMMIT_HEAD and int.from_bytes(block[8:12], "little") == end
+        block = self._read(self._end + 1)  # the kernel leaves one block unused before its fast commits
+        return block.startswith(_FAST_COMMIT_HEAD) and int.from_bytes(block[8:12], "little") == end
 
     def _superblock_checksum(self, raw: bytes | bytearray) -> bytes:
         return crc32c(bytes(raw[:0xFC]) + bytes(4) + bytes(raw[0x100:]), ALL_ONES).to_bytes(4, "big")

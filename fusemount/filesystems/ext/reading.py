@@ -211,11 +211,9 @@ class ExtFileSystem(FileSystem):
         """Whether the checksum of a directory's block is right, or there is none."""
         if self.superblock.checksum_seed is None:
             return True
-        if directories.has_tail(block):
-            return self.directory_checksum(directory, block) == block[-4:]
-        table = directories.index_table(block)
+        table = self.index_table(directory, block)
         if table is None:
-            return False
+            return directories.has_tail(block) and self.directory_checksum(directory, block) == block[-4:]
         limit, count = struct.unpack_from("<HH", block, table)
         end = table + 8 * limit
         return (
@@ -223,6 +221,11 @@ class ExtFileSystem(FileSystem):
             and end + 8 <= len(block)
             and (self.index_checksum(directory, block, table) == block[end + 4 : end + 8])
         )
+
+    @staticmethod
+    def index_table(directory: Record, block: bytes | bytearray) -> int | None:
+        """Where the table in a block of a directory's hash index begins; None when the block holds entries."""
+        return directories.index_table(block) if directory.flags & Flag.INDEX else None
 
     def directory_checksum(self, directory: Record, block: bytes | bytearray) -> bytes:
         """What belongs into the tail of a block of entries."""
@@ -252,8 +255,8 @@ class ExtFileSystem(FileSystem):
         if length <= 0:
             return b""
         if record.has_inline_data:
-            content = self._inline_content(record)
-            return (content + bytes(max(0, min(record.size, len(record.raw)) - len(content))))[offset : offset + length]
+            inline = self._inline_content(record)
+            return inline.ljust(min(record.size, len(record.raw)), b"\0")[offset : offset + length]
         size = self._block_size
         content = bytearray(length)
         view = memoryview(content)

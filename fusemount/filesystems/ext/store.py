@@ -133,12 +133,12 @@ class Store(ExtFileSystem):
     def write_directory_block(self, directory: Record, logical: int, block: bytearray) -> None:
         """Write a block of a directory, its checksum set."""
         if self.superblock.checksum_seed is not None:
-            if directories.has_tail(block):
+            table = self.index_table(directory, block)
+            if table is None:
+                if not directories.has_tail(block):
+                    raise error(errno.EIO)
                 block[-4:] = self.directory_checksum(directory, block)
             else:
-                table = directories.index_table(block)
-                if table is None:
-                    raise error(errno.EIO)
                 end = table + 8 * int.from_bytes(block[table : table + 2], "little")
                 block[end + 4 : end + 8] = self.index_checksum(directory, block, table)
         for run in self.mapper.runs(directory, logical, logical + 1):
