@@ -55,7 +55,9 @@ def mounted(image: Path, options: str = "rw") -> Iterator[bytes]:
     try:
         yield os.fsencode(place)
     finally:
-        run("umount", place)
+        if subprocess.run(["umount", place]).returncode:
+            run("umount", "--lazy", place)  # a test that failed left a file open
+            raise AssertionError(f"{place} was still in use")
 
 
 def device(image: Path, *, writable: bool = False) -> BlockDevice:

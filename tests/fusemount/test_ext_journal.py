@@ -1,4 +1,4 @@
-"""Dirty file systems: shown as the kernel shows them after its own replay, untouched; mended when opened for writing."""
+"""Dirty file systems: shown untouched as the kernel shows them after a replay, mended when written."""
 
 from __future__ import annotations
 
