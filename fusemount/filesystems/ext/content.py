@@ -90,16 +90,21 @@ class Content:
     def free(self, record: Record, first: int = 0) -> None:
         """Give up all blocks from the logical block `first` on."""
         record.map = []
-        doomed = False
+        doomed = []
         for run in self._fs.mapper.whole(record):
             self.check_own(run)
-            doomed = doomed or run.end > first
-        if doomed or not first:
+            if run.end > first:
+                start = max(run.logical, first)
+                doomed.append(Run(start, run.physical + start - run.logical, run.end - start))
+        if record.flags & Flag.EXTENTS:
+            self._cut_extents(record, first)
+            self._free_clusters(record, first, doomed)
+        else:
             lib, null = self._lib, self._engine.ffi.NULL
             with self.native(record) as raw:
                 code = lib.ext2fs_punch(self._engine.fs, record.number, raw, null, first, (1 << 64) - 1)
                 self._engine.check(code)
-            record.map = []
+        record.map = []
 
     def add_block(self, record: Record, logical: int) -> int:
         """Give a file one block, not written yet, where it has none; its number."""
@@ -285,6 +290,49 @@ class Content:
         extent.e_lblk, extent.e_pblk, extent.e_len, extent.e_flags = logical, physical, count, 0
         check(lib.ext2fs_extent_insert(handle, where, extent))
         check(lib.ext2fs_extent_fix_parents(handle))
+
+    def _cut_extents(self, record: Record, first: int) -> None:
+        """Remove all extents from the logical block `first` on from the tree. Their blocks stay allocated.
+
+        ext2fs_punch() would free them too, but up to 1.47 it refuses to free the last block of a file system.
+        """
+        check, lib = self._engine.check, self._lib
+        with self._extents(record) as handle:
+            extent = self._engine.ffi.new("struct ext2fs_extent *")
+            while True:
+                code = lib.ext2fs_extent_goto(handle, MAX_LOGICAL)
+                if code not in (EXTENT_NOT_FOUND, NO_CURRENT_NODE):
+                    check(code)
+                code = lib.ext2fs_extent_get(handle, _CURRENT, extent)
+                if code == NO_CURRENT_NODE:
+                    return
+                check(code)
+                if extent.e_lblk + extent.e_len <= first:
+                    return
+                if extent.e_lblk < first:
+                    extent.e_len = first - extent.e_lblk
+                    check(lib.ext2fs_extent_replace(handle, 0, extent))
+                else:
+                    check(lib.ext2fs_extent_delete(handle, 0))
+                code = lib.ext2fs_extent_fix_parents(handle)
+                if code != NO_CURRENT_NODE:
+                    check(code)
+
+    def _free_clusters(self, record: Record, first: int, doomed: list[Run]) -> None:
+        """Give up the blocks of runs that were cut off, save for a cluster that still holds blocks before `first`."""
+        record.map = []
+        ratio = self._ratio
+        start = first - first % ratio
+        kept = {run.physical // ratio for run in self._fs.mapper.runs(record, start, first)} if start < first else set()
+        freed_up_to = -1
+        for run in doomed:
+            begin, end = run.physical // ratio, -(-(run.physical + run.length) // ratio)
+            if begin in kept or begin + 1 == freed_up_to:
+                begin += 1
+            if begin < end:
+                self.give_back(begin * ratio, (end - begin) * ratio)
+                self._count(record, (begin - end) * ratio)
+                freed_up_to = end
 
     def _mark_written(self, record: Record, run: Run) -> None:
         """Part of an unwritten extent holds data now."""

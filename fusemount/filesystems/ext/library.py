@@ -114,6 +114,7 @@ errcode_t ext2fs_extent_goto(ext2_extent_handle_t, uint64_t);
 errcode_t ext2fs_extent_get(ext2_extent_handle_t, int, struct ext2fs_extent *);
 errcode_t ext2fs_extent_insert(ext2_extent_handle_t, int, struct ext2fs_extent *);
 errcode_t ext2fs_extent_replace(ext2_extent_handle_t, int, struct ext2fs_extent *);
+errcode_t ext2fs_extent_delete(ext2_extent_handle_t, int);
 errcode_t ext2fs_extent_set_bmap(ext2_extent_handle_t, uint64_t, uint64_t, int);
 errcode_t ext2fs_extent_fix_parents(ext2_extent_handle_t);
 void ext2fs_extent_free(ext2_extent_handle_t);

@@ -350,7 +350,7 @@ class WritableExtFileSystem(Store):
                 self.expand_file(record)
             self.content.write(record, offset, data)
         except BaseException:
-            self._keep_map(record)
+            self._take_back(record)
             raise
         self.touch(record, content=True)
 
@@ -361,13 +361,13 @@ class WritableExtFileSystem(Store):
                 self.expand_file(record)
             self.content.truncate(record, size)
         except BaseException:
-            self._keep_map(record)
+            self._take_back(record)
             raise
         self.touch(record, content=True)
 
-    def _keep_map(self, record: Record) -> None:
-        """After a failure: blocks that were linked before it stay, what is known of the map is read again."""
-        record.map = []
+    def _take_back(self, record: Record) -> None:
+        """After a failure: what was added behind the file's end goes, and the map is read again."""
+        self.content.free(record, -(-record.size // self._block_size))
         self.save(record)
 
     def _file(self, inode: Inode) -> Record:
