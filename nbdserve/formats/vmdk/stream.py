@@ -53,6 +53,7 @@ def write_stream_optimized(
     *,
     level: int = 6,
     workers: int | None = None,
+    adapter_type: str = "ide",
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write the content of a device as a stream-optimized VMDK, which appears under its name when it is complete.
@@ -60,6 +61,7 @@ def write_stream_optimized(
     Args:
         level: of compression, 1 (fast) to 9.
         workers: threads that compress; None for as many as there are processors, eight at most.
+        adapter_type: the controller that a machine is to have for the disk; others than ide: lsilogic, buslogic.
         progress: told now and then how many bytes of the source have been dealt with.
 
     Raises:
@@ -73,7 +75,7 @@ def write_stream_optimized(
         raise OpenError(f"{name}: {source.size} bytes are too many for a stream-optimized VMDK")
     workers = workers or min(8, os.cpu_count() or 1)
     with new_file(path) as file, ThreadPoolExecutor(workers) as pool:
-        stream = _Stream(file, source.size, os.path.basename(name))
+        stream = _Stream(file, source.size, os.path.basename(name), adapter_type)
         pending: deque[tuple[int, Future[bytes]]] = deque()
 
         def write_oldest() -> None:
@@ -116,7 +118,7 @@ def _grains(source: BlockDevice) -> Iterator[tuple[int, bytes]]:
 class _Stream:
     """A stream under way: what has been written, and what the tables have to say."""
 
-    def __init__(self, file: BinaryIO, size: int, name: str) -> None:
+    def __init__(self, file: BinaryIO, size: int, name: str, adapter_type: str) -> None:
         self._file = file
         self._name = name
         self._size = size
@@ -125,7 +127,7 @@ class _Stream:
         self._index = 0  # of the table
         self._sector = 0
         self._write(self._header(AT_END))
-        text = build_descriptor("streamOptimized", new_cid(), [(size, "SPARSE", name)], size)
+        text = build_descriptor("streamOptimized", new_cid(), [(size, "SPARSE", name)], size, adapter_type=adapter_type)
         if len(text) > DESCRIPTOR_SECTORS * SECTOR:
             raise OpenError(f"{name}: the name is too long for a VMDK descriptor")
         self._write(text)
