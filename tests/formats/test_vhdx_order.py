@@ -71,7 +71,7 @@ def test_no_crash_loses_or_invents_bytes(tmp_path: Path, seed: int) -> None:
     assert _crash_everywhere(tmp_path, seed, asking_qemu=True) > 100
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_no_crash_of_a_differencing_disk_loses_or_invents_bytes(tmp_path: Path, seed: int) -> None:
     assert _crash_everywhere(tmp_path, seed, differencing=True) > 100
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.block import BlockDevice, Data, Zero
+from nbdserve.block import BlockDevice, Data
 from nbdserve.errors import FormatError, OpenError
 from nbdserve.formats.vpc.bitmaps import mirrored, run_of_bits, set_bits
 from nbdserve.formats.vpc.create import create_image
@@ -81,9 +81,7 @@ def test_sectors_are_the_childs_or_the_parents(tmp_path: Path) -> None:
         assert device.write_nowait(4096 + 512, b"d" * 512)
         assert not device.write_nowait(4096, b"d" * 512)
         device.zero(8192, 4096)
-        assert all(
-            isinstance(extent, Zero) or not any(device.read(8192, 4096)) for extent in device.extents(8192, 4096)
-        )
+        assert not any(device.read(8192, 4096))
         device.discard(0, 4096)  # the parent's bytes stay
         assert device.read(0, 4096) == PARENT[:4096]
     content = child.read_bytes()
@@ -136,9 +134,8 @@ def test_crafted_paths_and_entries_reach_nothing(tmp_path: Path) -> None:
         vhd.open_vhd(child)
     path_at = struct.unpack_from(">Q", header, 592)[0]
     entry = struct.pack(">I", path_at // 512)
-    child.write_bytes(
-        content[: vhd.TABLE_OFFSET] + entry + content[vhd.TABLE_OFFSET + 4 :] + bytes(8192) + content[:512]
-    )
+    table_end = vhd.TABLE_OFFSET + 4
+    child.write_bytes(content[: vhd.TABLE_OFFSET] + entry + content[table_end:] + bytes(8192) + content[:512])
     with vhd.open_vhd(child) as device, pytest.raises(OSError, match="damaged"):
         device.write(0, b"x")
 
@@ -196,9 +193,11 @@ def _without_identity(path: Path) -> tuple[bytes, bytes]:
         start = bytearray(file.read(1 << 20))
         file.seek(-512, 2)
         end = bytearray(file.read())
+    start = start[: min(2048, path.stat().st_size - 512)]
     for footer in (end, start) if start.startswith(b"conectix") else (end,):
-        footer[24:28] = footer[64:84] = b""
-    return bytes(start[: 1536 + 512]), bytes(end)
+        footer[64:84] = b""
+        footer[24:28] = b""
+    return bytes(start), bytes(end)
 
 
 @needs("qemu-img")

@@ -29,7 +29,7 @@ def _crash_everywhere(directory: Path, seed: int, *, differencing: bool = False)
     start = Remains.of(image)
     with vhd.open_vhd(image, file_type=Recorder) as device:
         witness = Witness(device, device.file.log, [range(SECTORS)], before=PARENT if differencing else 0)
-        witness.work(chosen)
+        witness.work(chosen, steps=30 if differencing else 50)
     crashes = 0
     for moment, remains in remains_of(start, witness.log, chosen):
         remains.write_to(crashed)
@@ -42,8 +42,7 @@ def _crash_everywhere(directory: Path, seed: int, *, differencing: bool = False)
     return crashes
 
 
-@pytest.mark.parametrize("differencing", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "differencing"), [(0, False), (1, False), (2, False), (0, True)])
 def test_no_crash_loses_or_invents_bytes(tmp_path: Path, seed: int, differencing: bool) -> None:
     assert _crash_everywhere(tmp_path, seed, differencing=differencing) > 100
 
