@@ -98,17 +98,24 @@ def _unmount_as_root(mountpoint: str, lazy: bool) -> None:
         raise OSError(number, os.strerror(number), mountpoint)
 
 
-def sync(mountpoint: str) -> None:
-    """Have the kernel hand over everything that was written in a mount."""
+def sync(mountpoint: str) -> OSError | None:
+    """Have the kernel hand over everything that was written in a mount.
+
+    Returns:
+        what it could not store, at any time since the mount began, if nobody has been told yet.
+    """
     fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
     try:
         sync_open(fd)
+    except OSError as error:
+        return error
     finally:
         os.close(fd)
+    return None
 
 
 def sync_open(fd: int) -> None:
-    """The same, given a descriptor of anything in the mount (syncfs(2))."""
+    """The same, given a descriptor of anything in the mount (syncfs(2)); raises OSError instead."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)

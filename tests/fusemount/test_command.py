@@ -294,8 +294,6 @@ def test_tools_work_on_partitions_as_files(folder: Path, mnt: Path) -> None:
             printf abc | dd of=p3 bs=1 seek=10 conv=notrunc status=none
             truncate -s {24 * MIB} p3
             test "$(head -c 16 p3)" = 12345xxxxxabcxxx
-            fails dd if=/dev/zero of=disk bs=1M seek=128 count=1 conv=notrunc status=none
-            test "$(stat -c %s disk)" = {128 * MIB}
             fails rm p3
             sfdisk -J disk > /dev/null
         """
@@ -309,6 +307,22 @@ def test_tools_work_on_partitions_as_files(folder: Path, mnt: Path) -> None:
     assert content == b"12345xxxxxabc" + b"x" * (24 * MIB - 13)
     with mounted(image, mnt, nobody=True):
         assert run(["ls", mnt / "p1"], nobody=True).stdout == "lost+found\n"
+
+
+@needs("dd")
+def test_writing_past_the_end_is_told(folder: Path, mnt: Path) -> None:
+    image = folder / "disk.raw"
+    image.write_bytes(bytes(MIB))
+    give(image)
+    assert fusemount("--raw", "--rw", "--format=raw", image, mnt, nobody=True).returncode == 0
+    try:
+        script = f"fails dd if=/dev/zero of={mnt}/disk bs=1M seek=1 count=1 conv=notrunc; stat -c %s {mnt}/disk"
+        assert run(["sh", "-ec", FAILS + script], nobody=True).stdout == f"{MIB}\n"
+        assert "not all that was written could be stored: No space left" in refusal("--unmount", mnt, nobody=True)
+        assert not is_mounted(mnt)
+    finally:
+        tear_down(mnt)
+    assert image.stat().st_size == MIB
 
 
 # Listing
@@ -419,18 +433,13 @@ def test_other_ways_to_unmount_write_everything(folder: Path, mnt: Path, how: st
 def test_unmounting_tells_of_open_files(folder: Path, mnt: Path) -> None:
     image = make_ext4(folder / "disk.raw", source=tree(folder))
     with mounted(image, mnt, nobody=True):
-        holder = subprocess.Popen(
-            [*prefix(True), "sh", "-c", f"exec 3< {mnt}/etc/hostname; echo open; sleep 60"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
+        source = f"file = open('{mnt}/etc/hostname'); print('open', flush=True); input()"
+        command = [*prefix(True), sys.executable, "-c", source]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "open\n"
             assert "busy" in refusal("--unmount", mnt, nobody=True)
-        finally:
-            holder.kill()
-            holder.communicate()
+            holder.communicate("\n", timeout=20)
 
 
 @ext
