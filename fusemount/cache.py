@@ -92,8 +92,8 @@ class WriteBackCache(BlockDevice):
             if len(view) >= _LARGE:
                 head = -offset % LINE
                 whole = (len(view) - head) // LINE * LINE
-                self._patch(offset, view[:head])
                 self._write_around(offset + head, view[head : head + whole])
+                self._patch(offset, view[:head])
                 self._patch(offset + head + whole, view[head + whole :])
             else:
                 self._patch(offset, view)

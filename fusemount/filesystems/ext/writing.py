@@ -338,6 +338,7 @@ class WritableExtFileSystem(Store):
         place = self.names.find(directory, b"..")
         struct.pack_into("<I", place.block, place.found.offset, parent.number)
         self.write_directory_block(directory, place.logical, place.block)
+        self.names.index.forget(directory)
 
     # Content
 
