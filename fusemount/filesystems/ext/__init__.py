@@ -10,7 +10,11 @@
     recovery      what to do with a file system that was not unmounted
     reading       ExtFileSystem: all of that as a file system that is read
     library       libext2fs, for writing
-    ...
+    content       the blocks of files, changed
+    htree         the hash index of directories, changed
+    names         directories, changed
+    store         inodes, orphans and the state of the whole, kept right while it is changed
+    writing       the operations on top of that
 
 Reading needs no library and is Python all through, so that a damaged image can do no harm. Writing leaves to libext2fs
 what has to be consistent across the whole file system: bitmaps and counts, inodes with their checksums, extent trees,

@@ -91,7 +91,10 @@ def find(device: BlockDevice) -> Found:
 
 def replay(found: Found, device: BlockDevice) -> None:
     """Carry out on the device what the log says, and mark it as clean of it."""
-    if found.log is None or found.journal is None:
+    if found.journal is None:
+        return
+    if found.log is None:
+        found.journal.clear()
         return
     found.journal.replay(found.log)
     raw = device.read(OFFSET, SIZE)

@@ -360,7 +360,8 @@ class Store(ExtFileSystem):
             for inode in list(self._orphans):
                 self._reap(inode)
             self.sync()
-            self._set_state(self._state | State.VALID)
-            self.sync()
+            if not self.cache.failed and not self.engine.failed:
+                self._set_state(self._state | State.VALID)
+                self.sync()
         finally:
             self.engine.free()
