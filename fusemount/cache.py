@@ -34,12 +34,14 @@ class WriteBackCache(BlockDevice):
 
     Attributes:
         nowait: whether reads raise BlockingIOError rather than wait for the disk; see without_waiting().
+        failed: whether the device below has ever refused a write, so that a change may have been left half done.
     """
 
     def __init__(self, below: BlockDevice, *, capacity: int = 32 << 20) -> None:
         super().__init__(below.size, read_only=below.read_only, pins=below.pins)
         self.below = below
         self.nowait = False
+        self.failed = False
         self._most_lines = max(capacity // LINE, 2 * _READ_AHEAD)
         self._lines: OrderedDict[int, bytearray] = OrderedDict()
         self._dirty: set[int] = set()
@@ -92,8 +94,8 @@ class WriteBackCache(BlockDevice):
             if len(view) >= _LARGE:
                 head = -offset % LINE
                 whole = (len(view) - head) // LINE * LINE
-                self._patch(offset, view[:head])
                 self._write_around(offset + head, view[head : head + whole])
+                self._patch(offset, view[:head])
                 self._patch(offset + head + whole, view[head + whole :])
             else:
                 self._patch(offset, view)
@@ -205,15 +207,22 @@ class WriteBackCache(BlockDevice):
             offset += count
 
     def _write_around(self, offset: int, view: memoryview) -> None:
-        self.below.write(offset, view)
+        self._write_below(offset, view)
         for index in range(offset // LINE, (offset + len(view)) // LINE):
             self._lines.pop(index, None)
             self._dirty.discard(index)
 
     def _write_run(self, run: list[int]) -> None:
         if run:
-            self.below.write(run[0] * LINE, b"".join([self._lines[index] for index in run]))
+            self._write_below(run[0] * LINE, b"".join([self._lines[index] for index in run]))
             self._dirty.difference_update(run)
+
+    def _write_below(self, offset: int, data: ReadBuffer) -> None:
+        try:
+            self.below.write(offset, data)
+        except OSError:
+            self.failed = True
+            raise
 
     def _make_room(self, count: int) -> None:
         """Drop the lines that were not used for longest until `count` more fit."""

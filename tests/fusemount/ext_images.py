@@ -234,3 +234,24 @@ def _can_preallocate(path: bytes) -> bool:
 def _write(path: bytes, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
+
+
+def fill_small(top: bytes) -> None:
+    """A few files of every kind, for images of a few MiB."""
+    join = os.path.join
+    os.mkdir(join(top, b"directory"))
+    for index in range(120):
+        _write(join(top, b"directory/some name %d" % index), b"x" * (index * 7 % 90))
+    for size in (0, 50, 3000, 30_000, 400_000):
+        _write(join(top, b"file%d" % size), b"content " * (size // 8))
+    with open(join(top, b"crumbs"), "wb") as file:
+        for index in range(100):
+            file.seek(index * 3000)
+            file.write(b"crumb")
+    for length in (10, 100):
+        os.symlink(b"t" * length, join(top, b"link%d" % length))
+    os.mkfifo(join(top, b"fifo"))
+    os.link(join(top, b"file3000"), join(top, b"directory/hard"))
+    for name in (b"file50", b"directory", b"file3000"):
+        for index, size in enumerate((5, 40, 300)):
+            os.setxattr(join(top, name), f"user.x{index}", b"v" * size)

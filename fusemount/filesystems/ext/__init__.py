@@ -10,7 +10,11 @@
     recovery      what to do with a file system that was not unmounted
     reading       ExtFileSystem: all of that as a file system that is read
     library       libext2fs, for writing
-    ...
+    content       the blocks of files, changed
+    htree         the hash index of directories, changed
+    names         directories, changed
+    store         inodes, orphans and the state of the whole, kept right while it is changed
+    writing       the operations on top of that
 
 Reading needs no library and is Python all through, so that a damaged image can do no harm. Writing leaves to libext2fs
 what has to be consistent across the whole file system: bitmaps and counts, inodes with their checksums, extent trees,
@@ -37,7 +41,7 @@ def examine(device: BlockDevice) -> Condition:
     except OSError as problem:
         if problem.errno != errno.EIO:
             raise
-        return Condition(False, False, False, _BAD_ROOT)
+        return Condition(False, False, False, _DAMAGED)
     refusal = found.refusal
     if not refusal and library.load() is None:
         refusal = library.MISSING
@@ -54,8 +58,9 @@ def open_filesystem(device: BlockDevice, *, writable: bool) -> FileSystem:
     """
     found = recovery.find(device)
     try:
+        reading = recovery.view(found)
         if not writable:
-            return recovery.view(found)
+            return reading
         if found.refusal:
             raise OpenError(f"this ext file system cannot be written: {found.refusal}")
         if device.read_only:
@@ -68,7 +73,7 @@ def open_filesystem(device: BlockDevice, *, writable: bool) -> FileSystem:
     except OSError as problem:
         if problem.errno != errno.EIO:
             raise
-        raise FormatError(_BAD_ROOT) from None
+        raise FormatError(_DAMAGED) from None
 
 
-_BAD_ROOT = "the ext file system is damaged: its root directory cannot be read; run e2fsck on it"
+_DAMAGED = "the ext file system is damaged where it is needed first of all (root directory, orphans); run e2fsck on it"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import struct
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,22 +32,35 @@ _INFO = 24  # where struct dx_root_info begins in block 0
 _BLOCK_MASK = 0x0FFFFFFF
 _NEWEST_HASH = 2  # half MD4 and TEA and the legacy one before them
 _CHECKSUM_SIZE = 8
+_MOST_NODES = 64  # kept in memory
 
 
 @dataclass(slots=True)
 class Node:
-    """A block of the index: its table of (hash, block), whose first hash counts as 0, and the entry that was taken."""
+    """A block of the index: its table of (hash, block), whose first hash counts as 0."""
 
     number: int
     block: bytearray
     table: int
     entries: list[tuple[int, int]]
     limit: int
-    at: int = 0
 
     @property
     def is_full(self) -> bool:
         return len(self.entries) >= self.limit
+
+
+@dataclass(slots=True)
+class Step:
+    """On the way from the root to a leaf: a node, and which of its entries was taken."""
+
+    node: Node
+    at: int
+
+    @property
+    def next(self) -> int:
+        """The block that the entry leads to."""
+        return self.node.entries[self.at][1]
 
 
 class HashIndex:
@@ -60,6 +74,7 @@ class HashIndex:
         self._seed = ffi.new("uint32_t[4]", self._super.hash_seed) if any(self._super.hash_seed) else ffi.NULL
         self._hashes = ffi.new("uint32_t[2]")
         self._dirhash = filesystem.engine.lib.ext2fs_dirhash
+        self._nodes: OrderedDict[tuple[int, int], Node] = OrderedDict()  # by directory and block, as they are on disk
 
     def version(self, directory: Record) -> int:
         """The hash function of an indexed directory, or else the one that a new index would have."""
@@ -94,15 +109,20 @@ class HashIndex:
         while True:
             root = self._root(directory)
             version = root.block[_INFO + 4]
-            nodes = self._path(directory, root, self.hash(version, name)[0])
-            leaf = nodes[-1].entries[nodes[-1].at][1]
+            steps = self._path(directory, root, self.hash(version, name)[0])
+            leaf = steps[-1].next
             block = self._fs.read_directory_block(directory, leaf)
             if self._fs.names.place(directory, leaf, block, name, inode, kind):
                 return
-            if nodes[-1].is_full:
-                self._grow(directory, nodes)
+            if steps[-1].node.is_full:
+                self._grow(directory, steps)
             else:
-                self._split_leaf(directory, nodes, leaf, block, version, directories.size_of(len(name)))
+                self._split_leaf(directory, steps[-1], block, version, directories.size_of(len(name)))
+
+    def forget(self, directory: Record) -> None:
+        """The index of a directory is gone, or was changed elsewhere."""
+        for key in [key for key in self._nodes if key[0] == directory.number]:
+            del self._nodes[key]
 
     def make(self, directory: Record) -> None:
         """Give a directory of one block an index, with its entries in a second block."""
@@ -131,37 +151,36 @@ class HashIndex:
         self._check(version <= _NEWEST_HASH and length == 8 and levels < self._most_levels)
         return root
 
-    def _path(self, directory: Record, root: Node, hash: int) -> list[Node]:
-        """The nodes from the root to the leaf for a hash."""
-        nodes = [root]
+    def _path(self, directory: Record, root: Node, hash: int) -> list[Step]:
+        """The steps from the root to the leaf for a hash."""
+        steps = [self._step(root, hash)]
         for _ in range(root.block[_INFO + 6]):
-            self._descend(nodes[-1], hash)
-            nodes.append(self._read(directory, nodes[-1].entries[nodes[-1].at][1], _NODE_TABLE))
-        self._descend(nodes[-1], hash)
-        return nodes
+            steps.append(self._step(self._read(directory, steps[-1].next, _NODE_TABLE), hash))
+        return steps
 
-    def _leaves_from(self, directory: Record, nodes: list[Node]) -> Iterator[tuple[int, int]]:
+    @staticmethod
+    def _step(node: Node, hash: int) -> Step:
+        return Step(node, max(bisect_right(node.entries, (hash, _BLOCK_MASK)) - 1, 0))
+
+    def _leaves_from(self, directory: Record, steps: list[Step]) -> Iterator[tuple[int, int]]:
         start = 0
         for _ in range(directory.size // self._size):  # there are no more leaves than that
-            yield start, nodes[-1].entries[nodes[-1].at][1]
-            level = len(nodes) - 1
-            while nodes[level].at + 1 >= len(nodes[level].entries):
+            yield start, steps[-1].next
+            level = len(steps) - 1
+            while steps[level].at + 1 >= len(steps[level].node.entries):
                 if not level:
                     return
                 level -= 1
-            nodes[level].at += 1
-            start = nodes[level].entries[nodes[level].at][0]
-            for below in range(level + 1, len(nodes)):
-                parent = nodes[below - 1]
-                nodes[below] = self._read(directory, parent.entries[parent.at][1], _NODE_TABLE)
+            steps[level].at += 1
+            start = steps[level].node.entries[steps[level].at][0]
+            for below in range(level + 1, len(steps)):
+                steps[below] = Step(self._read(directory, steps[below - 1].next, _NODE_TABLE), 0)
 
-    def _split_leaf(
-        self, directory: Record, nodes: list[Node], leaf: int, block: bytearray, version: int, needed: int
-    ) -> None:
+    def _split_leaf(self, directory: Record, step: Step, block: bytearray, version: int, needed: int) -> None:
         """Make room in a leaf: by moving its entries together, or the upper half of them into a new leaf."""
         entries = self._fs.names.used(block)
         if sum(entry.needed for entry in entries) + needed <= self._room:
-            self._rewrite(directory, leaf, entries)
+            self._rewrite(directory, step.next, entries)
             return
         hashed = sorted((self.hash(version, entry.name)[0], entry.offset, entry) for entry in entries)
         self._check(len(hashed) >= 2)
@@ -172,31 +191,31 @@ class HashIndex:
         middle = min(middle, len(hashed) - 1)
         start = hashed[middle][0] | (hashed[middle][0] == hashed[middle - 1][0])
         new = self._fs.add_directory_block(directory, self._pack([entry for _, _, entry in hashed[middle:]]))
-        self._rewrite(directory, leaf, [entry for _, _, entry in hashed[:middle]])
-        lowest = nodes[-1]
-        lowest.entries.insert(lowest.at + 1, (start, new))
-        self._write(directory, lowest)
+        self._rewrite(directory, step.next, [entry for _, _, entry in hashed[:middle]])
+        step.node.entries.insert(step.at + 1, (start, new))
+        self._write(directory, step.node)
 
     def _rewrite(self, directory: Record, leaf: int, entries: list[Found]) -> None:
         self._fs.names.rewritten(directory, leaf)
         self._fs.write_directory_block(directory, leaf, self._pack(entries))
 
-    def _grow(self, directory: Record, nodes: list[Node]) -> None:
+    def _grow(self, directory: Record, steps: list[Step]) -> None:
         """Make room in the lowest node: split the highest node below one that has room, or add a level."""
-        level = len(nodes) - 1
-        while level and nodes[level - 1].is_full:
+        level = len(steps) - 1
+        while level and steps[level - 1].node.is_full:
             level -= 1
-        full = nodes[level]
+        full = steps[level].node
         if level:
+            parent = steps[level - 1]
             middle = len(full.entries) // 2
             upper = full.entries[middle:]
             new = self._add_node(directory, [(0, upper[0][1]), *upper[1:]])
-            full.entries = full.entries[:middle]
+            del full.entries[middle:]
             self._write(directory, full)
-            nodes[level - 1].entries.insert(nodes[level - 1].at + 1, (upper[0][0], new))
-            self._write(directory, nodes[level - 1])
+            parent.node.entries.insert(parent.at + 1, (upper[0][0], new))
+            self._write(directory, parent.node)
             return
-        if len(nodes) >= self._most_levels:
+        if len(steps) >= self._most_levels:
             raise error(errno.ENOSPC)
         full.entries = [(0, self._add_node(directory, full.entries))]
         full.block[_INFO + 6] += 1
@@ -210,26 +229,34 @@ class HashIndex:
         return self._fs.add_directory_block(directory, block)
 
     def _read(self, directory: Record, number: int, table: int) -> Node:
-        block = self._fs.read_directory_block(directory, number)
-        limit, count = struct.unpack_from("<HH", block, table)
-        self._check(directories.index_table(block) == table and limit == self._limit(table) and 1 <= count <= limit)
-        flat = struct.unpack_from(f"<{2 * count}I", block, table)
-        entries = list(zip((0, *flat[2::2]), [number & _BLOCK_MASK for number in flat[1::2]], strict=True))
-        return Node(number, block, table, entries, limit)
+        node = self._nodes.get((directory.number, number))
+        if node is None or node.table != table:
+            block = self._fs.read_directory_block(directory, number)
+            limit, count = struct.unpack_from("<HH", block, table)
+            self._check(directories.index_table(block) == table)
+            self._check(limit == self._limit(table) and 1 <= count <= limit)
+            flat = struct.unpack_from(f"<{2 * count}I", block, table)
+            entries = list(zip((0, *flat[2::2]), [number & _BLOCK_MASK for number in flat[1::2]], strict=True))
+            node = Node(number, block, table, entries, limit)
+            self._keep(directory, node)
+        return node
+
+    def _keep(self, directory: Record, node: Node) -> None:
+        if len(self._nodes) >= _MOST_NODES:
+            self._nodes.popitem(last=False)
+        self._nodes[directory.number, node.number] = node
 
     def _write(self, directory: Record, node: Node) -> None:
+        self._nodes.pop((directory.number, node.number), None)  # stays away when the write fails
         self._pack_table(node)
         self._fs.write_directory_block(directory, node.number, node.block)
+        self._keep(directory, node)
 
     @staticmethod
     def _pack_table(node: Node) -> None:
         struct.pack_into("<HHI", node.block, node.table, node.limit, len(node.entries), node.entries[0][1])
         flat = [number for entry in node.entries[1:] for number in entry]
         struct.pack_into(f"<{len(flat)}I", node.block, node.table + 8, *flat)
-
-    @staticmethod
-    def _descend(node: Node, hash: int) -> None:
-        node.at = max(bisect_right(node.entries, (hash, _BLOCK_MASK)) - 1, 0)
 
     def _limit(self, table: int) -> int:
         checksum = _CHECKSUM_SIZE if self._super.checksum_seed is not None else 0

@@ -165,6 +165,11 @@ class Journal:
         self._device.flush()
         self.mark_empty(log.end)
 
+    def clear(self) -> None:
+        """Mark the journal empty where it is not, though the file system says that nothing in it counts."""
+        if self._start:
+            self.mark_empty(self._sequence)
+
     def mark_empty(self, end: int) -> None:
         """Say on the device that nothing is to be replayed, and that transactions go on behind number `end`."""
         raw = bytearray(self._raw)

@@ -176,6 +176,7 @@ class Engine:
 
     Attributes:
         lib, fs: the library and its handle, for calls; check() what they return.
+        failed: whether the device has ever failed the library.
     """
 
     def __init__(self, device: BlockDevice, block_size: int, groups: int) -> None:
@@ -186,6 +187,7 @@ class Engine:
         self.ffi = ffi()
         self._device = device
         self._failure: BaseException | None = None
+        self.failed = False
         self._channel = self.ffi.new("struct struct_io_channel *")
         self._name = self.ffi.new("char[]", b"fusemount")
         self._manager = self._make_manager()
@@ -203,11 +205,18 @@ class Engine:
         ):
             raise OpenError(f"this version of {NAME} has another layout than the ones known here; read-only works")
         self.fs = fs
-        fs.flags |= _FLAG_MASTER_SB_ONLY
+        try:
+            self._prepare(groups)
+        except BaseException:
+            self.free()
+            raise
+
+    def _prepare(self, groups: int) -> None:
+        self.fs.flags |= _FLAG_MASTER_SB_ONLY
         for group in range(groups):
-            if not lib.ext2fs_group_desc_csum_verify(fs, group):
+            if not self.lib.ext2fs_group_desc_csum_verify(self.fs, group):
                 raise FormatError("the checksum of an ext group descriptor is wrong; run e2fsck on it to write")
-        self.check(lib.ext2fs_read_bitmaps(fs))
+        self.check(self.lib.ext2fs_read_bitmaps(self.fs))
 
     def check(self, code: int) -> None:
         """Raise what a callback raised since the last check, or the OSError for an error code that is not 0."""
@@ -308,4 +317,5 @@ class Engine:
 
     def _keep(self, problem: BaseException) -> int:
         self._failure = problem
+        self.failed = True
         return problem.errno or errno.EIO if isinstance(problem, OSError) else errno.EIO

@@ -138,11 +138,9 @@ class DirectoryWriter:
     def find(self, directory: Record, name: bytes) -> Place:
         """The entry with a name. Raises ENOENT, EIO."""
         for logical in self._may_hold(directory, name):
-            if not self._fs.has_block(directory, logical):
+            if name not in self._fs.unverified_block(directory, logical):
                 continue
             block = self._fs.read_directory_block(directory, logical)
-            if name not in block:
-                continue
             before = None
             try:
                 for found in self._entries(block):
@@ -177,6 +175,7 @@ class DirectoryWriter:
 
     def forget(self, directory: Record) -> None:
         """The directory is gone."""
+        self.index.forget(directory)
         self._first_with_room.pop(directory.number, None)
         for logical in range(directory.size // self._size):
             self.rewritten(directory, logical)

@@ -63,7 +63,9 @@ class ExtFileSystem(FileSystem):
     def record(self, number: int) -> Record:
         """An inode, from memory where it is known. Raises EIO for one that is damaged."""
         record = self._records.get(number)
-        if record is None:
+        if record is not None:
+            self._records.move_to_end(number)
+        else:
             raw = self.cache.read(self.inode_place(number), self.superblock.inode_size)
             record = Record(Inode(number), raw)
             self._verify_inode(record)
@@ -301,11 +303,11 @@ class ExtFileSystem(FileSystem):
 
     def xattr_names(self, inode: Inode) -> list[bytes]:
         names = [attribute.name for attribute in self.stored_attributes(self.record(inode))]
-        return [name for name in names if name != xattrs.INLINE_DATA]
+        return [name for name in names if xattrs.is_shown(name)]
 
     def xattr(self, inode: Inode, name: bytes) -> bytes:
         for attribute in self.stored_attributes(self.record(inode)):
-            if attribute.name == name and name != xattrs.INLINE_DATA:
+            if attribute.name == name and xattrs.is_shown(name):
                 value = self._attribute_value(attribute)
                 is_acl = name in (xattrs.ACCESS_ACL, xattrs.DEFAULT_ACL)
                 return xattrs.acl_as_shown(value) if is_acl else value

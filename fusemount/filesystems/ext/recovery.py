@@ -32,6 +32,7 @@ from nbdserve.block.device import BlockDevice
 
 ORPHAN_TAIL = 8
 _ORPHAN_MAGIC = 0x0B10CA04
+_JOURNAL_ERROR = "its journal recorded an error; run e2fsck on it to write, it can be read"
 _MOST_ORPHANS = 1 << 20
 
 
@@ -63,7 +64,8 @@ def find(device: BlockDevice) -> Found:
     """Look at a file system and its log, changing nothing. Raises FormatError, Unsupported."""
     superblock = read_superblock(device)
     if not superblock.has(Compat.HAS_JOURNAL):
-        return Found(device, superblock, None, None, superblock.why_not_writable())
+        refusal = superblock.why_not_writable() or _trouble_with_orphans(device, superblock)
+        return Found(device, superblock, None, None, refusal)
     dirty = superblock.has(Incompat.RECOVER)
     if not superblock.journal_inode:
         lost = "its journal is on another device, which cannot be used here; it can be read, without the latest changes"
@@ -71,10 +73,8 @@ def find(device: BlockDevice) -> Found:
     try:
         journal = _journal(device, superblock)
         if not dirty:
-            problem = (
-                "its journal recorded an error; run e2fsck on it to write, it can be read" if journal.error else ""
-            )
-            return Found(device, superblock, journal, None, problem or superblock.why_not_writable())
+            refusal = _JOURNAL_ERROR if journal.error else superblock.why_not_writable()
+            return Found(device, superblock, journal, None, refusal or _trouble_with_orphans(device, superblock))
         log = journal.scan()
     except (Damaged, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno != errno.EIO:
@@ -83,17 +83,18 @@ def find(device: BlockDevice) -> Found:
         return Found(device, superblock, None, None, f"its journal {reason}; run e2fsck on it to write, it can be read")
     replayed = Replayed(device, superblock.block_size, log)
     superblock = read_superblock(replayed)
-    refusal = superblock.why_not_writable()
-    if journal.error:
-        refusal = "its journal recorded an error; run e2fsck on it to write, it can be read"
+    refusal = _JOURNAL_ERROR if journal.error else superblock.why_not_writable()
     if log.damage:
         refusal = f"its journal {log.damage}; run e2fsck on it to write; it can be read as it was before that"
-    return Found(replayed, superblock, journal, log, refusal)
+    return Found(replayed, superblock, journal, log, refusal or _trouble_with_orphans(replayed, superblock))
 
 
 def replay(found: Found, device: BlockDevice) -> None:
     """Carry out on the device what the log says, and mark it as clean of it."""
-    if found.log is None or found.journal is None:
+    if found.journal is None:
+        return
+    if found.log is None:
+        found.journal.clear()
         return
     found.journal.replay(found.log)
     raw = device.read(OFFSET, SIZE)
@@ -156,6 +157,17 @@ def orphan_checksum(filesystem: ExtFileSystem, block: int, content: bytes) -> by
     """What belongs at the end of a block of the file of orphans."""
     seed = filesystem.mapper.inode_seed(filesystem.record(filesystem.superblock.orphan_file))
     return crc32c(content[:-ORPHAN_TAIL], crc32c(struct.pack("<Q", block), seed)).to_bytes(4, "little")
+
+
+def _trouble_with_orphans(device: BlockDevice, superblock: Superblock) -> str:
+    """Why orphans forbid to write; "" when they do not."""
+    try:
+        list(orphans(ExtFileSystem(WriteBackCache(device, capacity=1 << 20), superblock)))
+    except OSError as problem:
+        if problem.errno != errno.EIO:
+            raise
+        return "its list of inodes without names is damaged; run e2fsck on it to write, it can be read"
+    return ""
 
 
 def _orphan(filesystem: ExtFileSystem, number: int, seen: set[int]) -> Record:

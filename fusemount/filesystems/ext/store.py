@@ -22,7 +22,7 @@ from fusemount.filesystems.base import Inode, error
 from fusemount.filesystems.ext import directories, recovery, xattrs
 from fusemount.filesystems.ext.content import EMPTY_EXTENTS, EMPTY_MAP, Content
 from fusemount.filesystems.ext.directories import Found
-from fusemount.filesystems.ext.inodes import ROOT, Flag, Record, clamp_time
+from fusemount.filesystems.ext.inodes import Flag, Record, clamp_time
 from fusemount.filesystems.ext.library import Engine
 from fusemount.filesystems.ext.names import DirectoryWriter
 from fusemount.filesystems.ext.reading import ExtFileSystem
@@ -52,7 +52,6 @@ class Store(ExtFileSystem):
         self._held: dict[int, int] = {}
         self._orphans: list[int] = []  # as in the superblock's list, the head last
         self._closed = False
-        self._directory(ROOT)
         self._count_free()
         self._set_state(self._state & ~State.VALID)
         self.sync()
@@ -121,6 +120,12 @@ class Store(ExtFileSystem):
     def has_block(self, directory: Record, logical: int) -> bool:
         """Whether a directory has no hole there."""
         return any(self.mapper.runs(directory, logical, logical + 1))
+
+    def unverified_block(self, directory: Record, logical: int) -> bytes | bytearray:
+        """A block of a directory to search in, nothing more; empty for a hole."""
+        for run in self.mapper.runs(directory, logical, logical + 1):
+            return self.read_block(run.physical)
+        return b""
 
     def read_directory_block(self, directory: Record, logical: int) -> bytearray:
         """A block of a directory. Raises EIO when it is missing or its checksum wrong."""
@@ -355,7 +360,8 @@ class Store(ExtFileSystem):
             for inode in list(self._orphans):
                 self._reap(inode)
             self.sync()
-            self._set_state(self._state | State.VALID)
-            self.sync()
+            if not self.cache.failed and not self.engine.failed:
+                self._set_state(self._state | State.VALID)
+                self.sync()
         finally:
             self.engine.free()

@@ -183,9 +183,7 @@ class WritableExtFileSystem(Store):
             self._discard(record)
             raise
         if record.is_directory:
-            many = self._may_have_many_links(parent) and (parent.links == 1 or parent.links >= _MOST_LINKS)
-            parent.links = 1 if many else parent.links + 1
-            self.save(parent)
+            self._gain(parent)
         self._records[record.number] = record
         self._known[record.number] = 1
         return record.number
@@ -251,11 +249,17 @@ class WritableExtFileSystem(Store):
     def _lose_directory(self, parent: Record, record: Record) -> None:
         record.links = 0
         self.touch(record)
-        self._leave(parent)
+        self._lose(parent)
         self.make_orphan(record)
 
-    def _leave(self, parent: Record) -> None:
-        """A directory has one subdirectory less; a count of 1 means that there are too many to count."""
+    def _gain(self, parent: Record) -> None:
+        """A directory has one subdirectory more; a count of 1 means that there are too many to count."""
+        if parent.links != 1:
+            parent.links = parent.links + 1 if parent.links < _MOST_LINKS else 1
+            self.save(parent)
+
+    def _lose(self, parent: Record) -> None:
+        """A directory has one subdirectory less."""
         if parent.links > 2:
             parent.links -= 1
             self.save(parent)
@@ -272,7 +276,7 @@ class WritableExtFileSystem(Store):
         self, directory: Inode, name: bytes, new_directory: Inode, new_name: bytes, *, replace: bool = True
     ) -> None:
         parent, record = self._entry(directory, name)
-        new_parent = self._directory(new_directory)
+        new_parent = parent if new_directory == directory else self._directory(new_directory)
         if not directories.is_shown(new_name):
             raise error(errno.EBUSY if new_name in (b".", b"..") else errno.EINVAL)
         self.check_mutable(new_parent)
@@ -296,10 +300,8 @@ class WritableExtFileSystem(Store):
         self.touch(record)
         if moved:
             self._set_parent(record, new_parent)
-            self._leave(parent)
-            if new_parent.links > 1:
-                new_parent.links += 1
-            self.save(new_parent)
+            self._lose(parent)
+            self._gain(new_parent)
 
     def _replace(self, directory: Record, name: bytes, target: Record, record: Record) -> None:
         """Let a name of `target` stand for `record`."""
@@ -323,7 +325,7 @@ class WritableExtFileSystem(Store):
         """A directory must not be moved below itself."""
         seen = set[int]()
         while directory.number != ROOT:
-            if directory is record:
+            if directory.number == record.number:
                 raise error(errno.EINVAL)
             if directory.number in seen:
                 raise error(errno.EIO)
@@ -338,6 +340,7 @@ class WritableExtFileSystem(Store):
         place = self.names.find(directory, b"..")
         struct.pack_into("<I", place.block, place.found.offset, parent.number)
         self.write_directory_block(directory, place.logical, place.block)
+        self.names.index.forget(directory)
 
     # Content
 

@@ -29,9 +29,8 @@ _PREFIXES = {
     4: b"trusted.",
     6: b"security.",
     7: b"system.",
-    8: b"system.richacl",
 }
-_WHOLE_NAMES = (2, 3, 8)
+_WHOLE_NAMES = (2, 3)
 _ACL_ENTRY = struct.Struct("<HHI")
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 1, 2, 4, 8, 16, 32
 _UNDEFINED = 0xFFFFFFFF
@@ -81,6 +80,11 @@ def _entries(area: bytes, start: int, base: int) -> Iterator[Attribute]:
             value = b"" if value_inode else area[base + place : base + place + size]
             yield Attribute(_PREFIXES[prefix] + suffix, value, value_inode, size)
         offset = (end + 3) & ~3
+
+
+def is_shown(name: bytes) -> bool:
+    """Whether an attribute is one of the file's, and not of the file system's own."""
+    return not name.startswith(b"system.") or name in (ACCESS_ACL, DEFAULT_ACL)
 
 
 def is_settable(name: bytes) -> bool:
