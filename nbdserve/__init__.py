@@ -3,6 +3,7 @@
 The layout, by what a user would look for:
 
     opening      a name -> a device; the policy on what an image may refer to
+    locking      image locks that exclude QEMU and are honoured by it
     block        what a disk is: extents, devices, windows
     formats      how qcow2, VHD and raw images map guest bytes
     partitions   MBR and GPT

@@ -4,6 +4,7 @@ ca-cert.pem       whom we trust
 ca-crl.pem        certificates that are trusted no more (optional)
 server-cert.pem   who we are
 server-key.pem    and the key that proves it
+client-cert.pem, client-key.pem   the same for a client, where the server wants to know it
 """
 
 from __future__ import annotations
@@ -39,11 +40,7 @@ def server_context(directory: str, *, verify_peer: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     certificate, key = folder / "server-cert.pem", folder / "server-key.pem"
-    try:
-        # An encrypted key would make OpenSSL ask for its passphrase on the terminal.
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
-    except (ssl.SSLError, OSError) as error:
-        raise TlsError(f"{key}: does not fit {certificate.name}, or is damaged or encrypted: {_why(error)}") from None
+    _prove_identity(context, certificate, key)
     _trust(context, folder / "ca-cert.pem")
     if verify_peer:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -52,6 +49,37 @@ def server_context(directory: str, *, verify_peer: bool) -> ssl.SSLContext:
             _trust(context, revoked)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     return context
+
+
+def client_context(directory: str | None) -> ssl.SSLContext:
+    """The context of a client that checks the server's certificate and name.
+
+    Args:
+        directory: holds whom to trust and, if the server asks, who we are; None trusts what this system trusts.
+
+    Raises:
+        TlsError: something is missing or does not fit together; the message names the file.
+    """
+    if directory is None:
+        return ssl.create_default_context()
+    folder = Path(directory)
+    if not (folder / "ca-cert.pem").is_file():
+        raise TlsError(f"tls-certificates={directory}: there is no ca-cert.pem in it; it says which servers to trust")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _trust(context, folder / "ca-cert.pem")
+    certificate, key = folder / "client-cert.pem", folder / "client-key.pem"
+    if certificate.exists():
+        _prove_identity(context, certificate, key)
+    return context
+
+
+def _prove_identity(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    try:
+        # An encrypted key would make OpenSSL ask for its passphrase on the terminal.
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    except (ssl.SSLError, OSError) as error:
+        raise TlsError(f"{key}: does not fit {certificate.name}, or is damaged or encrypted: {_why(error)}") from None
 
 
 def _trust(context: ssl.SSLContext, file: Path) -> None:

@@ -8,11 +8,12 @@ from random import Random
 
 import pytest
 
+from nbdserve import opening
 from nbdserve.block import HostFile
 from nbdserve.errors import OpenError
 from nbdserve.formats import FORMATS, probe
 from nbdserve.opening import MAXIMUM_CHAIN, ReferencePolicy, known_format, open_image, select_range
-from tests.reference import needs, qemu_img_create, qemu_info, qemu_io
+from tests.reference import needs, qemu_img_create, qemu_info, qemu_io, run
 from tests.server import wire
 from tests.server.wire import Wire
 from tests.serving import Served, refusal
@@ -145,6 +146,58 @@ def test_an_image_that_is_itself_reached_through_a_symlink(home: Path, tmp_path:
     assert content_of(tmp_path / "outside/image.qcow2") == SECRET, "outside/base.raw"
 
 
+def test_a_symlink_outside_that_leads_back_in(home: Path) -> None:
+    """What it leads to would refer to further files from where the link lies."""
+    outside = home.parent / "outside"
+    overlay(home / "middle.qcow2", "base.raw")
+    (outside / "back.qcow2").symlink_to("../home/middle.qcow2")
+    image = overlay(home / "image.qcow2", "../outside/back.qcow2", "qcow2")
+    refused(image, f"outside its own directory; allow that with --allow-path {outside} or")
+    assert content_of(image, policy=ReferencePolicy(allowed=(outside,))) == SECRET
+
+
+# Files that are exchanged while we look
+
+
+def test_what_was_checked_is_what_is_opened(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A symlink that is turned elsewhere once it has been looked up changes nothing."""
+    inside, outside = home / "inside.raw", home.parent / "outside/base.raw"
+    inside.write_bytes(bytes(MIB))
+    link = home / "link"
+    link.symlink_to(inside)
+    image = overlay(home / "image.qcow2", "link")
+    real_path = opening._real_path
+
+    def exchanged_right_after(fd: int) -> str:
+        real = real_path(fd)
+        if real == str(inside):
+            link.unlink()
+            link.symlink_to(outside)
+        return real
+
+    monkeypatch.setattr(opening, "_real_path", exchanged_right_after)
+    assert content_of(image) == bytes(MIB)
+    assert link.resolve() == outside, "it was exchanged"
+    refused(image, "outside its own directory")
+
+
+def test_the_directory_is_that_in_which_the_image_was_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = overlay(home / "image.qcow2", "base.raw")
+
+    def exchange(*_: object) -> bool:
+        if not home.is_symlink():
+            home.rename(home.with_name("moved"))
+            home.symlink_to("outside")
+        return True
+
+    monkeypatch.setattr(opening.locking, "lock", exchange)  # the image is open by then, and nothing of it was read
+    refused(image, "outside its own directory")
+    assert home.is_symlink()
+
+
+# Anything but a path
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -180,7 +233,7 @@ def test_a_backing_file_that_is_no_file(home: Path, name: str) -> None:
 
 def test_a_reference_that_names_no_known_format(home: Path) -> None:
     refused(overlay(home / "image.qcow2", "base.raw", "nonsense"), "nonsense")
-    refused(overlay(home / "image.qcow2", "base.raw", "vmdk"), "vmdk")
+    refused(overlay(home / "image.qcow2", "base.raw", "qed"), "qed")
 
 
 # Chains
@@ -245,12 +298,27 @@ def test_a_guessed_qcow2_given_by_the_user_may_refer(home: Path) -> None:
     assert content_of(home / "image", format="qcow2") == SECRET
 
 
+@needs("losetup")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a loop device")
+def test_a_guessed_block_device_may_not_refer(home: Path) -> None:
+    """It may be a guest's raw disk, and /dev is full of files that it could name."""
+    image = overlay(home / "image.qcow2", "null")
+    os.truncate(image, MIB)  # a device has whole sectors only
+    device = Path(run("losetup", "-f", "--show", image).strip())
+    try:
+        refused(device, f"{device}: refers to 'null', but its own format was only guessed; give it with --format")
+        refused(device, "null: this is neither a file nor a block device", format="qcow2")
+    finally:
+        run("losetup", "-d", device)
+
+
 # A raw image whose format was guessed
 
 
 HEADERS = {
     "qcow2": b"QFI\xfb\0\0\0\3",
     "vmdk": b"KDMV\1\0\0\0",
+    "a VMDK descriptor": b"# any comment\nversion=1\n",
     "vhdx": b"vhdxfile",
     "luks": b"LUKS\xba\xbe\0\1",
     "vpc": b"conectix",

@@ -134,11 +134,14 @@ class FileSystem(ABC):
         root: the inode of its root directory.
         read_only: whether every method that changes something fails with EROFS.
         has_owners: whether files have owners and permissions of their own; else those of the caller are shown.
+        names_last: whether what lookup() says of a name holds until a change that is made by this very name. Not so
+            where a file answers to several spellings (upper and lower case, short names).
     """
 
     root: Inode
     read_only: bool = True
     has_owners: bool = True
+    names_last: bool = True
 
     # Looking
 
@@ -156,6 +159,13 @@ class FileSystem(ABC):
 
         The directory may be changed between two calls: entries that stay are then shown exactly once all the same.
         """
+
+    def lookup_entry(self, directory: Inode, entry: Entry) -> Inode:
+        """What lookup() of the entry's name says, counted like it, just after entries() has given it.
+
+        An adapter that knows the inode from the entry alone saves the search.
+        """
+        return self.lookup(directory, entry.name)
 
     @abstractmethod
     def read(self, inode: Inode, offset: int, length: int) -> ReadBuffer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeAlias
@@ -49,10 +50,18 @@ class HostFile:
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = _nowait_flags(fd)
         self._data = (0, 0)  # a range known to hold no hole; one tuple, because threads look at it without a lock
+        self._syncing = threading.Lock()
+        self._syncs = 0  # how many were begun; changed under the lock
+        self._sync_failed = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool) -> HostFile:
+    def open(
+        cls, path: str | os.PathLike[str], *, writable: bool, opener: Callable[[str, int], int] = os.open
+    ) -> HostFile:
         """Open a regular file or block device.
+
+        Args:
+            opener: makes a descriptor from the path and flags, as for Python's open().
 
         Raises:
             OpenError: it does not exist, may not be opened, or is neither of the two.
@@ -61,7 +70,7 @@ class HostFile:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
             # O_NONBLOCK: opening a fifo that nobody writes to must not hang; files and disks ignore it.
-            fd = os.open(name, flags | os.O_NONBLOCK)
+            fd = opener(name, flags | os.O_NONBLOCK)
         except OSError as error:
             raise OpenError(_why_not_opened(name, error, writable)) from None
         mode = os.fstat(fd).st_mode
@@ -169,14 +178,14 @@ class HostFile:
         return first <= offset and offset + length <= stop
 
     def is_cached(self, offset: int, length: int) -> bool:
-        """Whether the page cache seems to hold the range, by looking at one byte in every 256 KiB and the last one.
+        """Whether the page cache seems to hold the range, by looking at one byte in every 512 KiB and the last one.
 
         For sendfile, which has no way to ask. A wrong yes costs one wait for the disk, no more.
         """
         probe = [bytearray(1)]
         last = offset + length - 1
         try:
-            for position in range(offset, last, 1 << 18):
+            for position in range(offset, last, 1 << 19):
                 os.preadv(self.fd, probe, position, self.nowait)
             os.preadv(self.fd, probe, last, self.nowait)
         except OSError:
@@ -190,8 +199,27 @@ class HostFile:
         return self.is_cached(offset, length)
 
     def sync(self) -> None:
-        """Return when everything written so far is on stable storage."""
-        os.fdatasync(self.fd)
+        """Return when everything written so far is on stable storage.
+
+        Once this has failed it fails for good: the kernel reports a failed write-back once and takes the pages for
+        clean from then on, so that a later success would say nothing about the bytes that were lost. Therefore no call
+        may overlap with one that fails, either; those who wait meanwhile share the next one.
+
+        Raises:
+            OSError: the storage failed, now or earlier.
+        """
+        begun = self._syncs
+        with self._syncing:
+            if self._sync_failed:
+                raise OSError(errno.EIO, "an earlier flush failed, so what was written may be lost", self.name)
+            if self._syncs > begun:  # another thread has begun one since we were called, and it has succeeded
+                return
+            self._syncs += 1
+            try:
+                os.fdatasync(self.fd)
+            except OSError:
+                self._sync_failed = True
+                raise
 
     def close(self) -> None:
         """Close the descriptor; calling it again does nothing."""

@@ -23,6 +23,16 @@ def byte_size(text: str) -> int:
     return int(digits) << _UNITS[unit]
 
 
+def add_force_share(group: argparse._ArgumentGroup) -> None:
+    """The option for a look at an image that a running machine writes to, spelt as qemu-img and qemu-io do."""
+    group.add_argument(
+        "-U",
+        "--force-share",
+        action="store_true",
+        help="with -r: open the image even while another program writes to it; what is seen may be inconsistent",
+    )
+
+
 def say(program: str, line: str) -> None:
     """One line on stderr; what a terminal would obey, say in a file's name, is shown as an escape."""
     shown = line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

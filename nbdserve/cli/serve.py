@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
 from nbdserve.block import BlockDevice
-from nbdserve.cli.common import byte_size, run, say
+from nbdserve.cli.common import add_force_share, byte_size, run, say
 from nbdserve.errors import NbdserveError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ EPILOG = """\
 examples:
   nbdserve disk.qcow2                          read and write, at nbd://localhost (port 10809)
   nbdserve -r -P 1 disk.vhd                    the first partition, read-only
+  nbdserve -r -U disk.qcow2                    a look at the disk of a machine that is running
   nbdserve -k /tmp/disk.sock disk.qcow2        on a unix socket
   nbdserve --tls-certs pki --bind 0.0.0.0 disk.qcow2
                                                encrypted, for other machines
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     image = result.add_argument_group("the image")
     image.add_argument("-f", "--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
     image.add_argument("-r", "--read-only", action="store_true", help="refuse writes, open nothing for writing")
+    add_force_share(image)
     image.add_argument(
         "-P", "--partition", metavar="N", help="serve only partition N (logical ones from 5); or its UUID or label"
     )
@@ -125,6 +128,7 @@ def _count(text: str) -> int:
 
 def main() -> NoReturn:
     """The command `nbdserve`."""
+    gc.disable()  # until all is set up: nothing of that is garbage, and the collector would take a tenth of the time
     arguments = parser()
     options = arguments.parse_args()
     if options.tls in ("on", "require") and options.tls_certs is None:
@@ -171,6 +175,7 @@ def _open_device(options: argparse.Namespace, warn: Callable[[str], None]) -> Bl
         options.image,
         format=options.format,
         read_only=options.read_only,
+        force_share=options.force_share,
         snapshot=_snapshot_name(options.snapshot),
         policy=ReferencePolicy(tuple(options.allow_path), options.trust_references),
         warn=warn,
@@ -264,4 +269,6 @@ def _run_server(
         if not activated:  # then stdout belongs to the command that has started us
             print(uri, flush=True)
 
+    gc.freeze()  # modules live to the end; looking at them in each full collection would hold up requests
+    gc.enable()
     trio.run(Server(listeners, policy, options.shared).run, ready)

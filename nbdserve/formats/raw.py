@@ -100,5 +100,7 @@ class RawImage(BlockDevice):
 
     def close(self) -> None:
         if self.file.fd >= 0:
-            self.flush()
-            self.file.close()
+            try:
+                self.flush()
+            finally:
+                self.file.close()

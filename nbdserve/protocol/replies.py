@@ -27,8 +27,12 @@ SIMPLE_REPLY: Final = Struct(">IIQ")
 CHUNK: Final = Struct(">IHHQI")
 """STRUCTURED_REPLY_MAGIC, flags, type, cookie, bytes that follow."""
 
-DATA_CHUNK: Final = Struct(">IHHQIQ")
-"""CHUNK of type OFFSET_DATA and the offset; the data follows, and counts with 8 more in the length."""
+DATA_CHUNK: Final = Struct(">QQIQ")
+"""CHUNK of type OFFSET_DATA, its first three numbers in one (LAST_DATA or MORE_DATA), and the offset; the data follows,
+and counts with 8 more in the length."""
+
+MORE_DATA: Final = STRUCTURED_REPLY_MAGIC << 32 | ChunkType.OFFSET_DATA
+LAST_DATA: Final = MORE_DATA | ReplyFlags.DONE << 16
 
 HOLE_CHUNK: Final = Struct(">IHHQIQI")
 """CHUNK of type OFFSET_HOLE, length 12, with the offset and the length of the hole."""
@@ -37,7 +41,6 @@ _ERROR: Final = Struct(">IH")  # error, bytes of text
 _OFFSET: Final = Struct(">Q")
 
 # Plain ints: an enum member costs a conversion with every pack.
-_OFFSET_DATA: Final = int(ChunkType.OFFSET_DATA)
 _OFFSET_HOLE: Final = int(ChunkType.OFFSET_HOLE)
 
 Buffer = bytearray | memoryview
@@ -51,7 +54,7 @@ def put_simple_reply(buffer: Buffer, position: int, cookie: int, error: int = 0)
 
 def put_data_chunk(buffer: Buffer, position: int, cookie: int, offset: int, length: int, done: bool) -> int:
     """Write what goes before `length` bytes of data; returns the position behind it, where the data goes."""
-    DATA_CHUNK.pack_into(buffer, position, STRUCTURED_REPLY_MAGIC, done, _OFFSET_DATA, cookie, 8 + length, offset)
+    DATA_CHUNK.pack_into(buffer, position, LAST_DATA if done else MORE_DATA, cookie, 8 + length, offset)
     return position + 28
 
 

@@ -23,23 +23,22 @@ from collections.abc import Callable
 
 import trio
 
-from nbdserve.block import BlockDevice, Computed, Data, Extent, HostFile
+from nbdserve.block import BlockDevice, Computed, Data, Extent
 from nbdserve.errors import NbdserveError
 from nbdserve.protocol import replies
-from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, ChunkType, Command, CommandFlags
+from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, Command, CommandFlags
 from nbdserve.protocol.messages import Agreement
-from nbdserve.protocol.transmission_server import RequestReader
+from nbdserve.protocol.transmission_server import HEADER, PLAIN_READ, PLAIN_WRITE, RequestReader
 from nbdserve.server.requests import Payload, RequestHandler
 from nbdserve.server.transport import Transport
 
 _READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
 _DF = int(CommandFlags.DF)
-_OFFSET_DATA = int(ChunkType.OFFSET_DATA)
-_CHUNK_MAGIC = STRUCTURED_REPLY_MAGIC
 
 _LARGE_READ = 64 << 10  # from here on sendfile beats a copy
 _GATHERED = 384 << 10  # bytes of small replies that leave without waiting for more
 _REPLY_BYTES = _GATHERED + 2 * _LARGE_READ
+_MAXIMUM_RUNS = 256  # extents of one read that are sent from the loop; their chunk headers fit into the buffer
 _INLINE_WRITE = 1 << 20  # larger writes are worth a worker thread, so that others get their turn
 
 _TURN = 0.002  # seconds that one connection may keep the loop before it lets others run
@@ -86,6 +85,7 @@ class Transmission:
         self._waiting_bytes = 0
         self._room = trio.Event()
         self._spins = 0
+        self._client_is_quiet = False
         self._writes_wait_until = 0.0
 
     def stop(self) -> None:
@@ -112,33 +112,41 @@ class Transmission:
                 space[:count] = trailing[:count]
                 trailing = trailing[count:]
                 self._reader.received(count)
-                if await self._serve_batch():
-                    return
+                with self._device.pins.held():
+                    if await self._serve_batch():
+                        return
             await self._receive_and_serve()
 
     async def _receive_and_serve(self) -> None:
+        while not self._stopping and not await self._take_turn():
+            if self._client_is_quiet:
+                await self._park()
+            else:
+                await trio.lowlevel.checkpoint()
+
+    async def _take_turn(self) -> bool:
+        """Serve until the client is quiet or others should get their turn; True when it has said goodbye or gone."""
         receive_nowait, reader, clock = self._transport.receive_nowait, self._reader, time.perf_counter
         turn_ends = clock() + _TURN
         spins = 0
-        while not self._stopping:
-            try:
-                count = receive_nowait(reader.space())
-            except BlockingIOError:
-                spins += 1
-                if spins > self._spins:
-                    await self._park()
-                    turn_ends = clock() + _TURN
-                    spins = 0
-                continue
-            if not count:
-                return
-            spins = 0
-            reader.received(count)
-            if await self._serve_batch():
-                return
-            if clock() > turn_ends:
-                await trio.lowlevel.checkpoint()
-                turn_ends = clock() + _TURN
+        self._client_is_quiet = False
+        with self._device.pins.held():
+            while clock() < turn_ends:
+                try:
+                    count = receive_nowait(reader.space())
+                except BlockingIOError:
+                    spins += 1
+                    if spins > self._spins:
+                        self._client_is_quiet = True
+                        return False
+                    continue
+                if not count:
+                    return True
+                spins = 0
+                reader.received(count)
+                if await self._serve_batch():
+                    return True
+        return False
 
     async def _park(self) -> None:
         """Wait for the client; and learn whether it tends to come back so soon that looking again pays."""
@@ -150,83 +158,100 @@ class Transmission:
 
     async def _serve_batch(self) -> bool:
         """Handle every whole request received; True when the client has said goodbye."""
-        pins = self._device.pins
-        pin = pins.take()
-        try:
-            return await self._handle_requests()
-        finally:
-            pins.drop(pin)
-
-    async def _handle_requests(self) -> bool:
-        size, maximum, structured, view = self._device.size, self._maximum, self._structured, self._view
-        locate, preadv, sends_files = self._device.locate, os.preadv, self._transport.sends_files
-        pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
-        header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
-        filled = 0  # bytes of replies gathered in view
-        for flags, command, cookie, offset, length, payload in self._reader.requests():
+        filled = 0
+        while True:
+            filled = self._answer_at_hand(filled)
             if filled > _GATHERED:
                 await self._send_gathered(filled)
                 filled = 0
-            if command == _READ:
-                if offset + length <= size and 0 < length <= maximum and not flags & ~_DF:
-                    place = locate(offset, length)
-                    if place is not None:
-                        file, host_offset = place
-                        body = filled + header
-                        if length < _LARGE_READ:
-                            try:
-                                at_hand = (
-                                    preadv(file.fd, [view[body : body + length]], host_offset, file.nowait) == length
-                                )
-                            except OSError:  # needs the disk, or fails: a worker finds out
-                                at_hand = False
-                        else:
-                            at_hand = sends_files and file.is_cached(host_offset, length)
-                        if at_hand:
-                            if structured:
-                                pack_data(view, filled, _CHUNK_MAGIC, 1, _OFFSET_DATA, cookie, 8 + length, offset)
-                            else:
-                                pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-                            if length < _LARGE_READ:
-                                filled = body + length
-                            else:
-                                await self._send_with_file(body, file, host_offset, length)
-                                filled = 0
-                            continue
-                    elif (runs := self._runs_at_hand(flags, offset, length)) is not None:
-                        await self._send_gathered(filled, more=True)
-                        filled = 0
-                        await self._send_runs(cookie, offset, length, runs)
-                        continue
-            elif command == _WRITE:
-                if payload is not None and not flags and self._write_here(offset, payload):
+                continue
+            request = self._reader.next_request()
+            if request is None or request[1] == _DISC:
+                if filled:
+                    await self._send_gathered(filled)
+                return request is not None
+            filled = await self._answer_one(filled, *request)
+
+    def _answer_at_hand(self, filled: int) -> int:
+        """Answer the small reads and writes that come next, as long as nothing has to be waited for.
+
+        Args:
+            filled: bytes of replies that are in the buffer already; returns how many there are now.
+        """
+        buffer, position, end = self._reader.pending()
+        view, size, device, structured = self._view, self._device.size, self._device, self._structured
+        unpack, locate, preadv = HEADER.unpack_from, device.locate, os.preadv
+        pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
+        header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
+        while (body := position + 28) <= end and filled <= _GATHERED:
+            kind, cookie, offset, length = unpack(buffer, position)
+            if kind == PLAIN_READ:
+                if not 0 < length < _LARGE_READ or offset + length > size:
+                    break
+                place = locate(offset, length)
+                if place is None:
+                    break
+                file, host_offset = place
+                data = filled + header
+                try:
+                    if preadv(file.fd, (view[data : data + length],), host_offset, file.nowait) != length:
+                        break
+                except OSError:  # needs the disk, or fails: a worker finds out
+                    break
+                if structured:
+                    pack_data(view, filled, replies.LAST_DATA, cookie, 8 + length, offset)
+                else:
                     pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-                    filled += replies.SIMPLE_REPLY.size
-                    continue
-            elif command == _DISC:
-                await self._send_gathered(filled)
-                return True
+                filled = data + length
+                position = body
+            elif kind == PLAIN_WRITE:
+                behind = body + length
+                if behind > end or not self._write_here(offset, buffer[body:behind]):
+                    break
+                pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                filled += 16
+                position = behind
+            else:
+                break
+        self._reader.skip_to(position)
+        return filled
+
+    async def _answer_one(
+        self, filled: int, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview | None
+    ) -> int:
+        """Answer a request of any kind, or have it answered; takes and returns the fill of the reply buffer."""
+        if command == _READ and _LARGE_READ <= length <= self._maximum and not flags & ~_DF:
+            runs = self._runs_at_hand(flags, offset, length) if offset + length <= self._device.size else None
+            if runs is not None:
+                await self._send_runs(filled, cookie, offset, length, runs)
+                return 0
+        elif command == _WRITE and payload is not None and not flags and self._write_here(offset, payload):
+            return replies.put_simple_reply(self._view, filled, cookie)
+        if filled:
             await self._send_gathered(filled)
-            filled = 0
-            await self._hand_over(flags, command, cookie, offset, length, payload)
-        await self._send_gathered(filled)
-        return False
+        await self._hand_over(flags, command, cookie, offset, length, payload)
+        return 0
 
     def _write_here(self, offset: int, payload: memoryview) -> bool:
         """Write without leaving the loop if that can be done at once."""
-        if offset + len(payload) > self._device.size or not 0 < len(payload) <= _INLINE_WRITE:
+        length = len(payload)
+        if offset + length > self._device.size or not 0 < length <= _INLINE_WRITE:
             return False
         started = time.perf_counter()
         if started < self._writes_wait_until:
             return False
         try:
-            done = self._device.write_nowait(offset, payload)
+            place = self._device.locate_writable(offset, length)
+            if place is not None and place[0].writes_at_once(place[1], length):
+                place[0].write(place[1], payload)
+            elif not self._device.write_nowait(offset, payload):
+                return False
         except (OSError, NbdserveError):
             return False  # the worker meets the same error and reports it
         ended = time.perf_counter()
         if ended - started > _SLOW_WRITE:
             self._writes_wait_until = ended + _SLOW_SPELL
-        return done
+        return True
 
     # Large reads, from the host's files straight into the socket
 
@@ -241,7 +266,7 @@ class Transmission:
                 extent = self._device.map_nowait(offset, end - offset)
             except (OSError, NbdserveError):
                 return None  # as above
-            if extent is None or isinstance(extent, Computed):
+            if extent is None or isinstance(extent, Computed) or len(runs) == _MAXIMUM_RUNS:
                 return None
             if isinstance(extent, Data) and not extent.file.is_cached(extent.host_offset, extent.length):
                 return None
@@ -249,36 +274,29 @@ class Transmission:
             offset += extent.length
         return runs if len(runs) == 1 or (self._structured and not flags) else None
 
-    async def _send_with_file(self, filled: int, file: HostFile, offset: int, length: int) -> None:
-        """Send what is gathered, the last of it the head of a reply whose data lies in the file."""
-        await self._claim_socket()
-        try:
-            await self._transport.send([self._view[:filled]], more=True)
-            await self._transport.send_file(file, offset, length)
-        finally:
-            self._release_socket()
-
-    async def _send_runs(self, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
-        header = bytearray(replies.HOLE_CHUNK.size)
-        end = offset + length
+    async def _send_runs(self, filled: int, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
+        """Send what is gathered and, behind it, a reply whose data lies in files or is zeros."""
+        view, send, end = self._view, self._transport.send, offset + length
         await self._claim_socket()
         try:
             for extent in runs:
                 last = offset + extent.length == end
-                if isinstance(extent, Data):
-                    if self._structured:
-                        used = replies.put_data_chunk(header, 0, cookie, offset, extent.length, last)
-                    else:
-                        used = replies.put_simple_reply(header, 0, cookie)
-                    await self._transport.send([memoryview(header)[:used]], more=True)
-                    await self._transport.send_file(extent.file, extent.host_offset, extent.length)
-                elif self._structured:
-                    used = replies.put_hole_chunk(header, 0, cookie, offset, extent.length, last)
-                    await self._transport.send([memoryview(header)[:used]], more=not last)
+                if not self._structured:
+                    filled = replies.put_simple_reply(view, filled, cookie)
+                elif isinstance(extent, Data):
+                    filled = replies.put_data_chunk(view, filled, cookie, offset, extent.length, last)
                 else:
-                    used = replies.put_simple_reply(header, 0, cookie)
-                    await self._transport.send([memoryview(header)[:used], bytes(extent.length)])
+                    filled = replies.put_hole_chunk(view, filled, cookie, offset, extent.length, last)
+                if isinstance(extent, Data):
+                    await send([view[:filled]], more=True)
+                    await self._transport.send_file(extent.file, extent.host_offset, extent.length)
+                    filled = 0
+                elif not self._structured:
+                    await send([view[:filled], bytes(extent.length)])
+                    filled = 0
                 offset += extent.length
+            if filled:
+                await send([view[:filled]])
         finally:
             self._release_socket()
 
@@ -315,15 +333,15 @@ class Transmission:
         self._waiting_bytes -= cost
         self._room.set()
 
-    async def _send_gathered(self, filled: int, *, more: bool = False) -> None:
+    async def _send_gathered(self, filled: int) -> None:
         """Send the first `filled` bytes of the reply buffer."""
-        if not filled:
-            return
-        await self._claim_socket()
-        try:
-            await self._transport.send([self._view[:filled]], more=more)
-        finally:
-            self._release_socket()
+        sent = 0 if self._socket_taken else self._transport.send_nowait(self._view[:filled])
+        if sent < filled:
+            await self._claim_socket()
+            try:
+                await self._transport.send([self._view[sent:filled]])
+            finally:
+                self._release_socket()
 
     # Who may send. trio.Lock takes a turn through the scheduler even when it is free, which costs more than a read.
 

@@ -44,6 +44,10 @@ class Transport(Protocol):
         """Return when receive_nowait() is worth another try."""
         ...
 
+    def send_nowait(self, data: memoryview) -> int:
+        """Send what the kernel takes at once; the number of bytes, 0 when send() has to do it all."""
+        ...
+
     async def send(self, buffers: Iterable[Buffer], *, more: bool = False) -> None:
         """Send all bytes; `more` tells that others follow at once."""
         ...
@@ -78,6 +82,12 @@ class PlainTransport:
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.wait_readable(self.sock)
+
+    def send_nowait(self, data: memoryview) -> int:
+        try:
+            return self.sock.send(data)
+        except BlockingIOError:
+            return 0
 
     async def send(self, buffers: Iterable[Buffer], *, more: bool = False) -> None:
         flags = socket.MSG_MORE if more else 0
@@ -174,6 +184,9 @@ class TlsTransport:
 
     async def wait_readable(self) -> None:
         await self._plain.wait_readable()
+
+    def send_nowait(self, data: memoryview) -> int:
+        return 0  # what was encrypted must leave whole, so that the next record can follow
 
     async def send(self, buffers: Iterable[Buffer], *, more: bool = False) -> None:
         for buffer in buffers:

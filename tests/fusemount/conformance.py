@@ -54,6 +54,7 @@ def check_filesystem(
                 deadline=None,
                 derandomize=True,
                 database=None,
+                report_multiple_bugs=False,
                 suppress_health_check=list(HealthCheck),
             ),
         )

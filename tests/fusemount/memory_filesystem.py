@@ -56,7 +56,8 @@ class MemoryFileSystem(FileSystem):
         self.files = device.files
         self.root = Inode(1)
         self.read_only = not writable
-        self.next = max(self.files) + 1
+        places = [place for file in self.files.values() for place, _ in file.entries.values()]
+        self.next = max([*self.files, *places])
 
     def _file(self, inode: Inode, kind: int = 0) -> File:
         file = self.files[inode]

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from struct import pack, unpack_from
 
-from nbdserve.protocol import ClientHandshake, ExportInfo, HandshakeState, ServerHandshake, TlsMode, TransmissionFlags
+from nbdserve.protocol.constants import TransmissionFlags
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_client import ClientHandshake
+from nbdserve.protocol.handshake_server import ServerHandshake, TlsMode
+from nbdserve.protocol.messages import ExportInfo
 
 FLAGS = TransmissionFlags.SEND_FLUSH | TransmissionFlags.SEND_DF | TransmissionFlags.SEND_TRIM
 EXPORTS = {

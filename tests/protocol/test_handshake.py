@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import Agreement, ClientHandshake, HandshakeState, Listing, TlsMode, TransmissionFlags
+from nbdserve.protocol.constants import TransmissionFlags
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_client import ClientHandshake
+from nbdserve.protocol.handshake_server import TlsMode
+from nbdserve.protocol.messages import Agreement, Listing
 from tests.protocol.pair import EXPORTS, FLAGS, ConnectionPair, server
 
 STEPS = pytest.mark.parametrize("step", [1, 7, 0], ids=["bytewise", "sevens", "at once"])

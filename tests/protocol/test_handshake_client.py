@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import ClientHandshake, HandshakeState, Listing, Option, OptionReply
+from nbdserve.protocol.constants import Option, OptionReply
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_client import ClientHandshake
+from nbdserve.protocol.messages import Listing
 from tests.protocol.pair import feed, option, reply, string
 
 Opt, Rep = Option, OptionReply

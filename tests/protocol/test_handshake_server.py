@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError, RequestError
-from nbdserve.protocol import ExportInfo, HandshakeState, Option, OptionReply, ServerHandshake, TlsMode
-from nbdserve.protocol.handshake_server import MAXIMUM_OPTIONS
+from nbdserve.protocol.constants import Option, OptionReply
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_server import MAXIMUM_OPTIONS, ServerHandshake, TlsMode
+from nbdserve.protocol.messages import ExportInfo
 from tests.protocol.pair import EXPORTS, FLAGS, feed, name_and_infos, name_and_queries, option, replies, server, string
 
 Opt, Rep = Option, OptionReply

@@ -14,20 +14,12 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import (
-    AllocationState,
-    BlockStatusChunk,
-    ClientHandshake,
-    Command,
-    CommandFlags,
-    Done,
-    ErrorCode,
-    Event,
-    HandshakeState,
-    Listing,
-    ReplyReader,
-    TransmissionFlags,
-)
+from nbdserve.protocol.constants import AllocationState, Command, CommandFlags, ErrorCode, TransmissionFlags
+from nbdserve.protocol.handshake import HandshakeState
+from nbdserve.protocol.handshake_client import ClientHandshake
+from nbdserve.protocol.messages import Listing
+from nbdserve.protocol.outstanding import BlockStatusChunk, Done, Event
+from nbdserve.protocol.transmission_client import ReplyReader
 from tests.reference import needs
 
 SIZE = 4 << 20

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import Command, RequestReader
-from nbdserve.protocol.transmission_server import LARGE_PAYLOAD
+from nbdserve.protocol.constants import Command
+from nbdserve.protocol.transmission_server import LARGE_PAYLOAD, RequestReader
 
 CAPACITY = 128 << 10
 MAXIMUM = 600 << 10
@@ -41,7 +41,7 @@ def receive(reader: RequestReader, stream: bytes, pieces: Iterable[int]) -> list
         space[:size] = stream[position : position + size]
         position += size
         reader.received(size)
-        for flags, command, cookie, offset, length, payload in reader.requests():
+        for flags, command, cookie, offset, length, payload in iter(reader.next_request, None):
             seen.append((flags, command, cookie, offset, length, None if payload is None else bytes(payload)))
             if payload is not None and not reader.is_borrowed(payload):
                 kept.append((payload, bytes(payload)))
@@ -102,14 +102,14 @@ def test_small_payloads_are_borrowed_and_large_ones_that_do_not_fit_are_owned() 
     space = reader.space()
     space[:] = stream[: len(space)]
     reader.received(len(space))
-    ((*_, payload),) = reader.requests()
+    ((*_, payload),) = iter(reader.next_request, None)
     assert payload is not None
     assert reader.is_borrowed(payload)
     rest = reader.space()
     assert len(rest) == len(small) + len(large) - len(space), "the rest goes straight to its destination"
     rest[:] = stream[-len(rest) :]
     reader.received(len(rest))
-    ((*_, payload),) = reader.requests()
+    ((*_, payload),) = iter(reader.next_request, None)
     assert payload is not None
     assert not reader.is_borrowed(payload)
     assert bytes(payload) == b"l" * 500_000
@@ -121,13 +121,13 @@ def test_behind_a_large_payload_only_the_beginning_of_the_next_is_buffered() -> 
     stream = write(1, bytes(300_000))
     reader.space()[:100] = stream[:100]
     reader.received(100)
-    assert list(reader.requests()) == []
+    assert list(iter(reader.next_request, None)) == []
     reader.received(len(reader.space()))
-    assert len(list(reader.requests())) == 1
+    assert len(list(iter(reader.next_request, None))) == 1
     assert len(reader.space()) < CAPACITY
     reader.space()[:28] = request(0, 0, 0, 0, 0)
     reader.received(28)
-    assert len(list(reader.requests())) == 1
+    assert len(list(iter(reader.next_request, None))) == 1
     assert len(reader.space()) == CAPACITY
 
 
@@ -137,16 +137,16 @@ def test_a_payload_that_is_too_long_is_dropped_in_bounded_memory() -> None:
     reader.received(28)
     left = 0xFFFFFFFF
     while left:
-        assert list(reader.requests()) == []
+        assert list(iter(reader.next_request, None)) == []
         space = reader.space()
         assert len(space) <= CAPACITY
         size = min(len(space), left)
         reader.received(size)
         left -= size
-    assert list(reader.requests()) == [(3, 1, 9, 8, 0xFFFFFFFF, None)]
+    assert list(iter(reader.next_request, None)) == [(3, 1, 9, 8, 0xFFFFFFFF, None)]
     reader.space()[:28] = request(0, 0, 10, 0, 1)
     reader.received(28)
-    assert list(reader.requests()) == [(0, 0, 10, 0, 1, None)]
+    assert list(iter(reader.next_request, None)) == [(0, 0, 10, 0, 1, None)]
 
 
 def test_iteration_may_be_left_early() -> None:
@@ -156,11 +156,11 @@ def test_iteration_may_be_left_early() -> None:
     reader.received(len(stream))
     cookies = []
     for _ in range(4):
-        for _, _, cookie, *_ in reader.requests():
+        for _, _, cookie, *_ in iter(reader.next_request, None):
             cookies.append(cookie)
             break
     assert cookies == [1, 2, 3, 4]
-    assert list(reader.requests()) == []
+    assert list(iter(reader.next_request, None)) == []
 
 
 @pytest.mark.parametrize("garbage", [bytes(28), b"GET / HTTP/1.1\r\nHost: nbd.example\r\n", b"\x12\x56\x09\x53" * 7])
@@ -170,7 +170,7 @@ def test_a_wrong_magic_ends_the_connection_after_the_good_requests(garbage: byte
     stream = before + garbage
     reader.space()[: len(stream)] = stream
     reader.received(len(stream))
-    requests = reader.requests()
+    requests = iter(reader.next_request, None)
     for _ in range(3 if before else 0):
         next(requests)
     with pytest.raises(ProtocolError, match="instead of 0x25609513"):

@@ -11,19 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
-from nbdserve.protocol import (
-    BlockStatusChunk,
-    Command,
-    CommandFlags,
-    DataChunk,
-    Done,
-    ErrorChunk,
-    ErrorCode,
-    Event,
-    HoleChunk,
-    ReplyReader,
-    RequestReader,
-)
+from nbdserve.protocol.constants import Command, CommandFlags, ErrorCode
+from nbdserve.protocol.outstanding import BlockStatusChunk, DataChunk, Done, ErrorChunk, Event, HoleChunk
 from nbdserve.protocol.replies import (
     error_chunk,
     none_chunk,
@@ -33,6 +22,8 @@ from nbdserve.protocol.replies import (
     simple_reply,
     status_chunk,
 )
+from nbdserve.protocol.transmission_client import ReplyReader
+from nbdserve.protocol.transmission_server import RequestReader
 
 COOKIE = 0xFEDCBA9876543210
 DATA = bytes(range(256)) * 400  # 100 KiB: its rest is received straight into the destination
@@ -248,7 +239,7 @@ def test_both_roles(case: Case, step: int) -> None:
     payload = DATA[: case.length] if case.command == WRITE else None
     sent = client.request(case.command, COOKIE, AT, case.length, case.flags)
     seen: list[tuple[object, ...]] = []
-    receive(server, sent + (payload or b""), step, lambda: seen.extend(server.requests()))
+    receive(server, sent + (payload or b""), step, lambda: seen.extend(iter(server.next_request, None)))
     assert seen == [(case.flags, case.command, COOKIE, AT, case.length, payload)]
 
     assert client.outstanding == 1

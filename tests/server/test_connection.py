@@ -16,7 +16,7 @@ from nbdserve.block.extents import Extent
 from nbdserve.block.file import ReadBuffer
 from nbdserve.block.memory import MemoryDevice
 from nbdserve.errors import FormatError
-from nbdserve.protocol import TlsMode
+from nbdserve.protocol.handshake_server import TlsMode
 from nbdserve.server.connection import HANDSHAKE_SECONDS, Connection, Policy
 from nbdserve.server.exports import Export, ExportTable
 from nbdserve.server.serving import DRAIN_SECONDS, Server
