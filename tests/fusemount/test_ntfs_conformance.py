@@ -44,4 +44,4 @@ def test_conformance(tmp_path: Path, cluster: str) -> None:
         assert isinstance(device, RawImage)
         judge(Path(device.file.name))
 
-    check_filesystem(make, ntfs.open_filesystem, judge_device, traits=TRAITS, examples=5, steps=40)
+    check_filesystem(make, ntfs.open_filesystem, judge_device, traits=TRAITS, examples=4, steps=40)

@@ -42,7 +42,7 @@ def fill(root: Path) -> None:
         (root / name).write_text(name)
     many = root / "many"
     many.mkdir()
-    for number in range(1000):
+    for number in range(400):
         (many / f"file number {number}").write_text(str(number))
     with (root / "sparse").open("wb") as file:
         file.truncate(30_000_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import struct
@@ -12,8 +13,9 @@ import pytest
 
 from fusemount.filesystems import ntfs
 from fusemount.filesystems.base import Changes, FileSystem
-from nbdserve.block import BlockDevice, Window
+from nbdserve.block import BlockDevice, MemoryDevice, Window
 from nbdserve.block.file import ReadBuffer
+from tests.fusemount.devices import Recorder
 from tests.fusemount.ntfs_images import judge, make_ntfs, mounted
 from tests.fusemount.trees import device_of, host_tree_of, tree_of, without_owners
 
@@ -28,11 +30,11 @@ def write_all_kinds(filesystem: FileSystem) -> None:
     for number in range(100):
         filesystem.write(large, number * 60_000, bytes([number]) * 60_000)
     directory = filesystem.make_directory(root, "größe 😀".encode(), DIRECTORY, 0, 0)
-    for number in range(1200):
+    for number in range(400):
         inode = filesystem.create(directory, b"a name that takes some room %d" % number, FILE, 0, 0)
         if number % 3 == 0:
             filesystem.write(inode, number, b"text" * number)
-    for number in range(0, 1200, 7):
+    for number in range(0, 400, 7):
         filesystem.unlink(directory, b"a name that takes some room %d" % number)
     filesystem.link(large, directory, b"hard link")
     filesystem.make_symlink(directory, b"symlink", "../größe 😀".encode(), 0, 0)
@@ -121,6 +123,30 @@ def test_a_held_file_survives_a_crash_aside(tmp_path: Path) -> None:
     with mounted(copy, tmp_path / "mnt", "-o", "ro") as root:
         (left,) = os.listdir(root)
         assert left.startswith(".fusemount-removed-") and (root / left).read_bytes() == b"content"
+
+
+def test_every_moment_of_a_rename_has_both_contents(tmp_path: Path) -> None:
+    """Stopped after any write, the volume still holds the file that moves, and until it is done the one it replaces."""
+    content = bytearray(make_ntfs(tmp_path / "image", 4 << 20).read_bytes())
+    device = Recorder(MemoryDevice(content))
+    filesystem = ntfs.open_filesystem(device, writable=True)
+    root = filesystem.root
+    directory = filesystem.make_directory(root, b"directory", DIRECTORY, 0, 0)
+    filesystem.write(filesystem.create(root, b"moving", FILE, 0, 0), 0, b"m" * 5000)
+    filesystem.write(filesystem.create(directory, b"target", FILE, 0, 0), 0, b"t" * 5000)
+    before, start = bytearray(content), len(device.log)
+    filesystem.rename(root, b"moving", directory, b"target")
+    writes = [entry for entry in device.log[start:] if entry is not None]
+    assert len(writes) > 10
+    found = []
+    for offset, data in writes:
+        before[offset : offset + len(data)] = data
+        tree = tree_of(ntfs.open_filesystem(MemoryDevice(before), writable=False))
+        found.append({facts.content for facts in tree.values() if stat.S_ISREG(facts.mode)})
+    moving, target = (hashlib.sha1(letter * 5000).digest() for letter in (b"m", b"t"))
+    assert all(moving in contents for contents in found)
+    done = [target not in contents for contents in found]
+    assert done == sorted(done) and done[-1] and not done[len(done) // 2]
 
 
 class Failing(Window):

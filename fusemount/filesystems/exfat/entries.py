@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import IntFlag
+from enum import IntEnum
 
 SIZE = 32
 _FILE = struct.Struct("<2xHH 6x II x B x BB")
@@ -16,7 +16,7 @@ _TABLE = struct.Struct("<20x IQ")
 _NO_FAT_CHAIN = 2
 
 
-class FileAttributes(IntFlag):
+class FileAttributes(IntEnum):
     """Attributes of a file (7.4.4)."""
 
     READ_ONLY = 0x01

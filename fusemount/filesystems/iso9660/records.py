@@ -11,7 +11,7 @@ import itertools
 import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import IntFlag
+from enum import IntEnum
 
 from fusemount.filesystems.base import error
 from nbdserve.block import BlockDevice
@@ -25,7 +25,7 @@ _JOLIET = (b"%/@", b"%/C", b"%/E")
 _RECORD = struct.Struct("<BB I4x I4x 7s BBB H2x B")
 
 
-class Flags(IntFlag):
+class Flags(IntEnum):
     """Flags of a directory record."""
 
     HIDDEN = 0x01

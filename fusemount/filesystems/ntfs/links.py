@@ -15,14 +15,14 @@ import errno
 import os
 import stat
 import struct
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from fusemount.filesystems.base import error
 from fusemount.filesystems.ntfs.records import Type
 from fusemount.filesystems.ntfs.volume import Node
 
 
-class FileAttributes(IntFlag):
+class FileAttributes(IntEnum):
     """Attributes of a file in the sense of DOS and Windows."""
 
     READ_ONLY = 0x1

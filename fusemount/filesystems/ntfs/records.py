@@ -14,7 +14,7 @@ import errno
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import NamedTuple
 
 from fusemount.filesystems.base import error
@@ -43,14 +43,14 @@ class Type(IntEnum):
     EA = 0xE0
 
 
-class RecordFlags(IntFlag):
-    """Flags of an MFT record."""
+class RecordFlags(IntEnum):
+    """Flags of an MFT record. (Masks are IntEnums here, because `&` with an IntFlag takes a microsecond.)"""
 
     IN_USE = 1
     DIRECTORY = 2
 
 
-class DataFlags(IntFlag):
+class DataFlags(IntEnum):
     """Flags of an attribute."""
 
     COMPRESSED = 0x00FF
@@ -70,8 +70,7 @@ class Reference(NamedTuple):
         return cls(value & 0xFFFFFFFFFFFF, value >> 48)
 
 
-@dataclass(frozen=True, slots=True)
-class Attribute:
+class Attribute(NamedTuple):
     """One attribute record.
 
     Attributes:

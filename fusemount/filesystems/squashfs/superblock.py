@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum
 
 from nbdserve.block import BlockDevice
 from nbdserve.errors import FormatError, Unsupported
@@ -18,7 +18,7 @@ NOTHING = 0xFFFFFFFFFFFFFFFF
 """The place of a table that is not there."""
 
 
-class Flags(IntFlag):
+class Flags(IntEnum):
     """Flags of the superblock that matter for reading; each block says for itself whether it is compressed."""
 
     NO_XATTRS = 0x0200
