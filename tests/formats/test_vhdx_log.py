@@ -40,9 +40,9 @@ def dirty_image(path: Path, *, start: int = 0, number: int = 7) -> bytearray:
     place = (start + len(first)) % MIB
     second = vhdx.log_entry(GUID, number + 1, start, [(vhdx.TABLE + 8192, 8192), (vhdx.TABLE, table)], size)
     for at, entry in ((start, first), (place, second)):
-        head = entry[: MIB - at]
-        vhdx.patch(path, vhdx.LOG + at, head)
-        vhdx.patch(path, vhdx.LOG, entry[len(head) :]) if len(head) < len(entry) else None
+        vhdx.patch(path, vhdx.LOG + at, entry[: MIB - at])
+        if at + len(entry) > MIB:
+            vhdx.patch(path, vhdx.LOG, entry[MIB - at :])
     vhdx.patch(path, vhdx.TABLE, b"\xee" * 64)  # what the crash has left of a write
     vhdx.set_log_guid(path, GUID)
     return content
@@ -57,10 +57,9 @@ def test_replay(tmp_path: Path, start: int) -> None:
     with vhdx.open_vhdx(image, read_only=True) as device:
         assert device.read(0, device.size) == content
     assert image.read_bytes() == before
-    if start < MIB - 8192:  # QEMU loses its way where an entry wraps around
-        theirs.write_bytes(before)
-        run("qemu-img", "check", "-r", "all", "-f", "vhdx", theirs)
-        assert qemu_content(theirs, "vhdx") == content
+    theirs.write_bytes(before)
+    run("qemu-img", "check", "-r", "all", "-f", "vhdx", theirs)
+    assert qemu_content(theirs, "vhdx") == content
     with vhdx.open_vhdx(image) as device:
         assert device.read(0, device.size) == content
     after = image.read_bytes()
@@ -86,6 +85,7 @@ def test_a_replay_that_is_cut_short_is_done_again(tmp_path: Path) -> None:
     assert crashes > 20
 
 
+@needs("qemu-img")
 def test_replayed_guest_bytes_are_computed(tmp_path: Path) -> None:
     """Nothing forbids the log to hold guest data."""
     image = tmp_path / "a.vhdx"
@@ -141,10 +141,8 @@ def test_what_is_not_valid_is_not_replayed(tmp_path: Path) -> None:
     """A damaged byte anywhere in the newest entry leaves a log that says nothing, or the older entry alone."""
     image = tmp_path / "a.vhdx"
     content = dirty_image(image)
-    first = 12288  # length of the first entry: descriptors, one data sector
     good = image.read_bytes()
-    length = int.from_bytes(good[vhdx.LOG + 8 : vhdx.LOG + 12], "little")
-    assert length in (8192, first)
+    length = int.from_bytes(good[vhdx.LOG + 8 : vhdx.LOG + 12], "little")  # of the older entry
     for at in (length, length + 4, length + 16, length + 32, length + 70, length + 4096, length + 8191):
         damaged = bytearray(good)
         damaged[vhdx.LOG + at] ^= 1
