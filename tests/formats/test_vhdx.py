@@ -271,12 +271,15 @@ def test_threads_that_write_flush_and_zero_at_once(tmp_path: Path) -> None:
 
 
 @needs("qemu-img")
-@pytest.mark.parametrize("subformat", ["fixed", "dynamic"])
-@pytest.mark.parametrize("size", [512, 3 * MIB + 512, 200 << 30, 64 << 40])
+@pytest.mark.parametrize(
+    ("subformat", "size"),
+    [
+        *(("dynamic", size) for size in (512, 3 * MIB + 512, 200 << 30, 64 << 40)),
+        *(("fixed", size) for size in (512, 3 * MIB + 512, 200 << 30)),
+    ],
+)
 def test_qemu_takes_what_was_created(tmp_path: Path, subformat: str, size: int) -> None:
     image = tmp_path / "a.vhdx"
-    if subformat == "fixed" and size > 1 << 40:
-        pytest.skip("the test's file system may not have files of this length")
     create_image(image, size, subformat=subformat, log_size=3 * MIB)
     qemu_check(image)
     theirs = qemu_info(qemu_img_create(tmp_path / "b.vhdx", size, "vhdx", subformat="dynamic"), "vhdx")
@@ -340,7 +343,7 @@ def test_a_table_of_half_a_gigabyte_is_read_in_pages(tmp_path: Path) -> None:
     with vhdx.open_vhdx(image) as device:
         for number in range(1, 400):  # more pages than are kept
             device.write(number * (size // 400), number.to_bytes(2, "big"))
-        assert len(device._table._pages) <= 256
+        assert len(device._table.pages) <= 256
         for number in range(1, 400):
             assert device.read(number * (size // 400), 2) == number.to_bytes(2, "big")
         device.flush()

@@ -103,7 +103,8 @@ def test_refused_in_one_line(
 def test_headers_are_refused_in_one_line(tmp_path: Path, at: int, data: bytes, words: str) -> None:
     image = _image(tmp_path / "a.vhdx")
     for slot, place in enumerate(vhdx.HEADERS):
-        vhdx.patch_sealed(image, place, at, data)
+        if slot or data != b"\xff" * 8:
+            vhdx.patch_sealed(image, place, at, data)
         vhdx.patch_sealed(image, place, 16, bytes([slot]))  # they differ
     with pytest.raises(OpenError, match=words):
         vhdx.open_vhdx(image)

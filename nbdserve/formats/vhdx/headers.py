@@ -100,16 +100,14 @@ class Headers:
         ]
         if not whole:
             raise FormatError(f"{file.name}: neither of the two VHDX headers is valid; the image is damaged")
-        headers = {slot: _parse(contents[slot], file) for slot in whole}
-        self._slot = max(whole, key=lambda slot: (headers[slot].sequence, -slot))
-        self.current = headers[self._slot]
+        numbers = [int.from_bytes(content[8:16], "little") for content in contents]
         # Disk2vhd writes two headers with the same number; that is fine as long as they say the same.
-        if len({(header.sequence, header) for header in headers.values()}) > len(
-            {header.sequence for header in headers.values()}
-        ):
+        if len(whole) == 2 and numbers[0] == numbers[1] and contents[0] != contents[1]:
             raise FormatError(
                 f"{file.name}: the two VHDX headers have the same number but differ; the image is damaged"
             )
+        self._slot = max(whole, key=lambda slot: numbers[slot])
+        self.current = _parse(contents[self._slot], file)
 
     def update(
         self,

@@ -40,13 +40,14 @@ from nbdserve.formats.vhdx.headers import Headers
 from nbdserve.formats.vhdx.layout import Layout
 from nbdserve.formats.vhdx.log import ReplayedFile
 from nbdserve.formats.vhdx.space import HostSpace
-from nbdserve.formats.vhdx.table import PLACE_MASK, STATE_MASK, BlockTable, State
+from nbdserve.formats.vhdx.table import PAGE_BITS, PAGE_MASK, PLACE_MASK, STATE_MASK, BlockTable, State
 from nbdserve.formats.vpc import bitmaps
 from nbdserve.formats.vpc.bitmaps import SectorBitmaps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+_FULL, _PARTIAL = int(State.FULL), int(State.PARTIAL)  # as plain numbers, for the fast path
 _LONGEST_LOOK = 4096  # blocks that is_mapped_in_memory() looks at
 
 
@@ -86,6 +87,7 @@ class VhdxImage(MappedImage):
         self._shift = layout.block_size.bit_length() - 1
         self._mask = layout.block_size - 1
         self._table = BlockTable(source, layout)
+        self._pages, self._ratio_bits = self._table.pages, self._table.ratio_bits
         self._bitmaps = SectorBitmaps(
             source.read_into,
             self._bitmap_place,
@@ -164,25 +166,30 @@ class VhdxImage(MappedImage):
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
         block, inside = offset >> self._shift, offset & self._mask
-        entry = self._table.entry_in_memory(block + (block >> self._table.ratio_bits))
-        if entry is None or self._replayed is not None or inside + length > self._layout.block_size:
+        index = block + (block >> self._ratio_bits)
+        page = self._pages.get(index >> PAGE_BITS)
+        if page is None or inside + length > self._layout.block_size or self._replayed is not None:
             return None
+        entry = page[index & PAGE_MASK]
         state = entry & STATE_MASK
-        if state < State.FULL:
-            below = self.backing if state == State.NOT_PRESENT else None
-            return below.locate(offset, length) if below is not None and offset + length <= below.size else None
-        if state == State.PARTIAL and not self._bitmaps.is_own_in_memory(block, inside, inside + length):
-            return None
-        return self.file, HostOffset((entry & PLACE_MASK) + inside)
+        if state == _FULL:
+            return self.file, HostOffset((entry & PLACE_MASK) + inside)
+        if state == _PARTIAL and self._bitmaps.is_own_in_memory(block, inside, inside + length):
+            return self.file, HostOffset((entry & PLACE_MASK) + inside)
+        below = self.backing if state == State.NOT_PRESENT else None
+        return below.locate(offset, length) if below is not None and offset + length <= below.size else None
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        if not self._stamped:
-            return None
         block, inside = offset >> self._shift, offset & self._mask
-        entry = self._table.entry_in_memory(block + (block >> self._table.ratio_bits))
-        if entry is None or entry & STATE_MASK < State.FULL or inside + length > self._layout.block_size:
+        index = block + (block >> self._ratio_bits)
+        page = self._pages.get(index >> PAGE_BITS)
+        if page is None or inside + length > self._layout.block_size or not self._stamped:
             return None
-        if entry & STATE_MASK == State.PARTIAL and not self._bitmaps.is_own_in_memory(block, inside, inside + length):
+        entry = page[index & PAGE_MASK]
+        state = entry & STATE_MASK
+        if state != _FULL and not (
+            state == _PARTIAL and self._bitmaps.is_own_in_memory(block, inside, inside + length)
+        ):
             return None
         return self.file, HostOffset((entry & PLACE_MASK) + inside)
 
@@ -193,12 +200,23 @@ class VhdxImage(MappedImage):
         super().write(offset, data)
 
     def zero(self, offset: int, length: int, *, unmap: bool = True) -> None:
-        self._before_change()
-        super().zero(offset, length, unmap=unmap)
+        for start, size in self._portions(offset, length):
+            self._before_change()
+            super().zero(start, size, unmap=unmap)
 
     def discard(self, offset: int, length: int) -> None:
-        self._before_change()
-        super().discard(offset, length)
+        for start, size in self._portions(offset, length):
+            self._before_change()
+            super().discard(start, size)
+
+    def _portions(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The range in pieces that change a bounded number of entries each."""
+        step = table.MOST_WAITING << self._shift
+        end = offset + length
+        while offset < end:
+            stop = min(end, (offset // step + 1) * step)
+            yield offset, stop - offset
+            offset = stop
 
     def _before_change(self) -> None:
         """Change the headers before anything else is changed, and keep what waits in memory within its bounds."""

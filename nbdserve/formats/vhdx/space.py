@@ -15,33 +15,43 @@ from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError
 from nbdserve.formats.vhdx import MIB
 
+_BLOCK, _REGION = 1, 2
+
 
 class HostSpace:
     """Hands out places for blocks, which read as zeros.
 
     Args:
         regions: ranges (start, end), in bytes, that are not for blocks.
-        blocks: ranges of the blocks that are there already.
+        blocks: bytes of a block, and in MiB where blocks of that size begin that are there already. Those that begin
+            in a region or past the end of the file are left out; nobody will follow their entries (see table).
     """
 
-    def __init__(self, file: HostFile, regions: Iterable[tuple[int, int]], blocks: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, file: HostFile, regions: Iterable[tuple[int, int]], blocks: Iterable[tuple[int, Iterable[int]]]
+    ) -> None:
         self._file = file
         self._used = bytearray(-(-file.size // MIB))
-        for start, end in regions:
-            self._used[start // MIB : end // MIB] = b"\1" * ((end - start) // MIB)
-        for start, end in blocks:
-            self._claim(start // MIB, end // MIB)
         self._from = 0  # nothing before this is free
+        for start, end in regions:
+            self._used[start // MIB : end // MIB] = bytes([_REGION]) * ((end - start) // MIB)
+        end = len(self._used)
+        for length, places in blocks:
+            self._claim(places, length // MIB, end)
 
-    def _claim(self, first: int, end: int) -> None:
-        # The last block of a fixed disk may be cut off at the end of the file, but its place is taken.
-        self._used.extend(bytes(max(0, end - len(self._used))))
-        if self._used.find(1, first, end) >= 0:
-            raise FormatError(
-                f"{self._file.name}: two blocks claim the same place near {first * MIB}; the image is damaged, open it "
-                "read-only and copy it"
-            )
-        self._used[first:end] = b"\1" * (end - first)
+    def _claim(self, places: Iterable[int], count: int, end: int) -> None:
+        used = self._used
+        mark = bytes([_BLOCK]) * count
+        for first in places:
+            if first >= end or used[first] == _REGION:
+                continue
+            if used.find(_BLOCK, first, first + count) >= 0:
+                raise FormatError(
+                    f"{self._file.name}: two blocks claim the same place near {first * MIB}; the image is damaged, "
+                    "open it read-only and copy it"
+                )
+            # The last block of a fixed disk may be cut off at the end of the file, but its place is taken.
+            used[first : first + count] = mark
 
     def allocate(self, length: int) -> int:
         """A place of `length` bytes, whole MiB, that reads as zeros; the file grows if need be.
@@ -52,13 +62,13 @@ class HostSpace:
         count = length // MIB
         first = self._used.find(bytes(count), self._from)
         if first < 0:
-            first = self._used.rfind(1) + 1
+            first = max(self._used.rfind(_BLOCK), self._used.rfind(_REGION)) + 1
         start, old_size = first * MIB, self._file.size
         if start + length > old_size:
             self._grow(start + length)
         if start < old_size:
             self._clear(start, min(length, old_size - start))
-        self._used[first : first + count] = b"\1" * count
+        self._used[first : first + count] = bytes([_BLOCK]) * count
         if first == self._from:
             self._from += count
         return start

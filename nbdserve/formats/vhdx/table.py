@@ -26,9 +26,10 @@ from nbdserve.formats.vhdx.log import ReplayedFile
 
 STATE_MASK = 7
 PLACE_MASK = ~(MIB - 1) & (1 << 64) - 1
+_MIB_BITS = 20
 MOST_WAITING = 1 << 16
 PAGE_BITS = 13
-_PAGE_MASK = (1 << PAGE_BITS) - 1
+PAGE_MASK = (1 << PAGE_BITS) - 1
 _PAGE_BYTES = 8 << PAGE_BITS
 _MOST_PAGES = 256
 
@@ -46,11 +47,15 @@ class State(IntEnum):
     PARTIAL = 7
 
 
+_FULL = int(State.FULL)
+
+
 class BlockTable:
     """The entries, by their index in the table.
 
     Attributes:
         file_end: where the file ends, in bytes; kept right by whoever makes it longer.
+        pages: those in memory, for those who must not wait to look at.
     """
 
     def __init__(self, file: HostFile | ReplayedFile, layout: Layout) -> None:
@@ -62,7 +67,7 @@ class BlockTable:
         self.entries = table_entries(layout.blocks, self._ratio, has_parent=self._has_parent)
         self._starts = [start for start, _ in layout.regions]
         self.file_end = file.size
-        self._pages: dict[int, array[int]] = {}
+        self.pages: dict[int, array[int]] = {}
         self._loading = threading.Lock()
         self._waiting: dict[int, int] = {}
         self._in_flight: dict[int, int] = {}
@@ -79,36 +84,36 @@ class BlockTable:
 
     def entry(self, index: int) -> int:
         """An entry: a place in the file and a State; EIO when it is damaged."""
-        page = self._pages.get(index >> PAGE_BITS)
+        page = self.pages.get(index >> PAGE_BITS)
         if page is None:
             page = self._load(index >> PAGE_BITS)
-        entry = page[index & _PAGE_MASK]
+        entry = page[index & PAGE_MASK]
         if entry == State.DAMAGED:
             raise OSError(errno.EIO, f"entry {index} of the block allocation table is damaged", self._file.name)
         return entry
 
     def entry_in_memory(self, index: int) -> int | None:
         """An entry as it stands in memory, DAMAGED or not; None when its page would have to be read."""
-        page = self._pages.get(index >> PAGE_BITS)
-        return None if page is None else page[index & _PAGE_MASK]
+        page = self.pages.get(index >> PAGE_BITS)
+        return None if page is None else page[index & PAGE_MASK]
 
     def run(self, block: int, most: int) -> int:
         """How many blocks from this one on, `most` at most, are in the same state; only as far as one page tells."""
         state = self.entry(self.index_of_block(block)) & STATE_MASK
         last = min(block + most, self._layout.blocks)
         number = self.index_of_block(block) >> PAGE_BITS
-        page = self._pages.get(number) or self._load(number)
+        page = self.pages.get(number) or self._load(number)
         end = block + 1
         while end < last:
             index = self.index_of_block(end)
-            if index >> PAGE_BITS != number or page[index & _PAGE_MASK] & STATE_MASK != state:
+            if index >> PAGE_BITS != number or page[index & PAGE_MASK] & STATE_MASK != state:
                 break
             end += 1
         return end - block
 
     def _load(self, number: int) -> array[int]:
         with self._loading:
-            page = self._pages.get(number)
+            page = self.pages.get(number)
             if page is not None:
                 return page
             page = self._read(number)
@@ -116,22 +121,27 @@ class BlockTable:
             for changes in (self._in_flight, self._waiting):
                 for index, entry in changes.items():
                     if index >> PAGE_BITS == number:
-                        page[index & _PAGE_MASK] = entry
-            if len(self._pages) >= _MOST_PAGES:
-                del self._pages[next(iter(self._pages))]
-            self._pages[number] = page
+                        page[index & PAGE_MASK] = entry
+            if len(self.pages) >= _MOST_PAGES:
+                del self.pages[next(iter(self.pages))]
+            self.pages[number] = page
             return page
 
-    def _read(self, number: int) -> array[int]:
-        """A page from the disk, with what is wrong in it marked."""
-        first = number << PAGE_BITS
-        count = min(self.entries - first, 1 << PAGE_BITS)
-        raw = self._file.read(self._layout.table_offset + 8 * first, 8 * count)
+    def _raw(self, number: int) -> tuple[array[int], bool]:
+        """A page from the disk, and whether there is anything in it."""
+        count = min(self.entries - (number << PAGE_BITS), 1 << PAGE_BITS)
+        raw = self._file.read(self._layout.table_offset + number * _PAGE_BYTES, 8 * count)
         page = array("Q", bytes(_PAGE_BYTES))
         memoryview(page).cast("B")[: len(raw)] = raw
         if sys.byteorder == "big":
             page.byteswap()
-        if raw.strip(b"\0"):
+        return page, bool(raw.strip(b"\0"))
+
+    def _read(self, number: int) -> array[int]:
+        """A page from the disk, with what is wrong in it marked."""
+        page, is_used = self._raw(number)
+        if is_used:
+            first = number << PAGE_BITS
             for slot, entry in enumerate(page):
                 if entry:
                     page[slot] = self._checked(first + slot, entry)
@@ -161,23 +171,22 @@ class BlockTable:
         before = bisect_left(self._starts, end)
         return before > 0 and self._layout.regions[before - 1][1] > start
 
-    def scan(self) -> Iterator[tuple[int, int]]:
-        """Every range (start, end) of the file that an entry claims, read from the disk without keeping pages."""
-        for number in range(-(-self.entries >> PAGE_BITS)):
-            offset = self._layout.table_offset + number * _PAGE_BYTES
-            if isinstance(self._file, HostFile) and self._is_hole(offset):
-                continue
-            first = number << PAGE_BITS
-            for slot, entry in enumerate(self._read(number)):
-                if entry & STATE_MASK >= State.FULL:
-                    is_bitmap = (first + slot) % (self._ratio + 1) == self._ratio
-                    start = entry & PLACE_MASK
-                    yield start, start + (MIB if is_bitmap else self._layout.block_size)
+    def scan(self) -> Iterator[tuple[int, list[int]]]:
+        """The places that entries name, right or wrong: bytes of a block, and where such blocks begin, in MiB.
 
-    def _is_hole(self, offset: int) -> bool:
+        The whole table is read from the disk, without keeping its pages, so that each entry costs next to nothing.
+        """
         assert isinstance(self._file, HostFile)
-        is_data, run = self._file.data_extent(offset, _PAGE_BYTES)
-        return not is_data and run == _PAGE_BYTES
+        for number in range(-(-self.entries >> PAGE_BITS)):
+            first = number << PAGE_BITS
+            is_data, run = self._file.data_extent(self._layout.table_offset + 8 * first, _PAGE_BYTES)
+            if not is_data and run == _PAGE_BYTES:
+                continue
+            page, _ = self._raw(number)
+            bitmaps = slice((self._ratio - first) % (self._ratio + 1), None, self._ratio + 1)
+            yield MIB, [entry >> _MIB_BITS for entry in page[bitmaps] if entry & STATE_MASK == _FULL]
+            del page[bitmaps]
+            yield self._layout.block_size, [entry >> _MIB_BITS for entry in page if entry & STATE_MASK >= _FULL]
 
     # Changing; under the image's allocating lock
 
@@ -186,8 +195,8 @@ class BlockTable:
         page = self._load(index >> PAGE_BITS)
         with self._loading:
             self._waiting[index] = entry
-            page = self._pages.get(index >> PAGE_BITS, page)
-            page[index & _PAGE_MASK] = entry
+            page = self.pages.get(index >> PAGE_BITS, page)
+            page[index & PAGE_MASK] = entry
 
     @property
     def waiting(self) -> int:
