@@ -73,8 +73,8 @@ def lock(file: HostFile, claim: Claim) -> bool:
         False where the file system (or the kernel) has no such locks: then nobody is kept away.
 
     Raises:
-        Locked: another user excludes us, or we would have to exclude it. None of our locks is left; the caller
-            closes the file.
+        Locked: another user excludes us, or we would have to exclude it. The caller closes the file, which gives back
+            what is locked by then.
     """
     try:
         for byte in (*map(_use_byte, claim.uses), *map(_refusal_byte, claim.refuses)):

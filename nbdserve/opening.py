@@ -26,9 +26,10 @@ from typing import TypeAlias
 from nbdserve import locking
 from nbdserve.block import BlockDevice, HostFile, Window
 from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats import ALIASES, FORMATS, OpenOptions, OpenReference, probe, probe_sectors
+from nbdserve.formats import ALIASES, FORMATS, OpenFile, OpenOptions, OpenReference, probe, probe_sectors
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
+_IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
 _LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -70,6 +71,7 @@ def open_image(
     """Open an image with everything it stands on.
 
     Args:
+        path: a file, a block device, or an NBD URI (see nbdserve.client.uri).
         format: a name of formats.FORMATS; None guesses from the content.
         read_only: open nothing for writing.
         force_share: put up with other processes that write to the image or its backing files, for a look at a live
@@ -86,11 +88,26 @@ def open_image(
     read_only = read_only or snapshot is not None
     if force_share and not read_only:
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
+    if _IS_NBD_URI.match(name):
+        return _connect(name, format, read_only, snapshot)
     chain = _Chain(policy or ReferencePolicy(), warn, force_share)
     try:
         return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
         raise OpenError(f"{error.filename or name}: {error.strerror}") from None
+
+
+def _connect(uri: str, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
+    """What a server exports, as a raw disk."""
+    from nbdserve.client import connect
+
+    if format not in (None, "raw") or snapshot is not None:
+        raise OpenError(f"{uri}: an export is a raw disk; give formats and snapshots to the server")
+    device = connect(uri, read_only=read_only)
+    if device.offered_read_only and not read_only:
+        device.close()
+        raise OpenError(f"{uri}: the server offers it read-only; open it read-only (-r)")
+    return device
 
 
 Permit: TypeAlias = Callable[[str], None]
@@ -188,7 +205,8 @@ class _Chain:
                     f"{file.name}: no format was given and none recognised, so it is served as raw, and its first "
                     "sector is protected; say --format raw to lift that"
                 )
-        return name, OpenOptions(read_only, below.reference_opener(file.name), snapshot, looks_like)
+        opener, parts = below.reference_opener(file.name), below.file_opener(file.name)
+        return name, OpenOptions(read_only, opener, snapshot, looks_like, parts)
 
     def reference_opener(self, owner: str) -> OpenReference:
         """What opens the files that `owner`, the last of the chain, refers to."""
@@ -200,6 +218,20 @@ class _Chain:
             return below.open_image(file, format, read_only=True, snapshot=None)
 
         return open_reference
+
+    def file_opener(self, owner: str) -> OpenFile:
+        """What opens, as they are, the files that `owner` consists of besides its own; never an image above it."""
+
+        def open_file(name: str, *, writable: bool) -> HostFile:
+            file, below = self.open_referred(owner, name, writable=writable)
+            try:
+                below._lock(file, locking.GROWER)
+            except BaseException:
+                file.close()
+                raise
+            return file
+
+        return open_file
 
     def _check_name(self, owner: str, name: str, path: str) -> None:
         """Refuse a reference for what it says, before anything is looked up."""

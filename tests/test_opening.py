@@ -233,7 +233,7 @@ def test_a_backing_file_that_is_no_file(home: Path, name: str) -> None:
 
 def test_a_reference_that_names_no_known_format(home: Path) -> None:
     refused(overlay(home / "image.qcow2", "base.raw", "nonsense"), "nonsense")
-    refused(overlay(home / "image.qcow2", "base.raw", "vmdk"), "vmdk")
+    refused(overlay(home / "image.qcow2", "base.raw", "qed"), "qed")
 
 
 # Chains
@@ -318,6 +318,7 @@ def test_a_guessed_block_device_may_not_refer(home: Path) -> None:
 HEADERS = {
     "qcow2": b"QFI\xfb\0\0\0\3",
     "vmdk": b"KDMV\1\0\0\0",
+    "a VMDK descriptor": b"# any comment\nversion=1\n",
     "vhdx": b"vhdxfile",
     "luks": b"LUKS\xba\xbe\0\1",
     "vpc": b"conectix",

@@ -18,6 +18,8 @@ ADAPTERS = {
     "vfat": "fusemount.filesystems.fat",
     "ntfs": "fusemount.filesystems.ntfs",
     "iso9660": "fusemount.filesystems.iso9660",
+    "exfat": "fusemount.filesystems.exfat",
+    "squashfs": "fusemount.filesystems.squashfs",
 }
 """Kind, as blkid names it -> the module that reads it."""
 

@@ -23,8 +23,7 @@ def connect(uri: str, *, read_only: bool = False) -> RemoteDevice:
     """The device behind an NBD URI.
 
     Raises:
-        OpenError: the URI is wrong, the server is not there, or it refuses; or it offers the export only for reading
-            and `read_only` is False.
+        OpenError: the URI is wrong, the server is not there, or it refuses.
     """
     return RemoteDevice(Session(NbdUri.parse(uri)), read_only=read_only)
 

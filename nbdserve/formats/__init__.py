@@ -3,13 +3,18 @@
     base     reading, writing and backing chains, once for all
     raw      the identity
     qcow2    QEMU's copy-on-write format, versions 2 and 3
-    vpc      Virtual PC's and Hyper-V's VHD, fixed and dynamic
+    vpc      Virtual PC's and Hyper-V's VHD: fixed, dynamic and differencing
+    vhdx     Hyper-V's VHDX: fixed, dynamic and differencing
+    vdi      VirtualBox's disk images: dynamic, static and differencing
+    vmdk     VMware's disks: sparse, flat, split and stream-optimized
+    newfile  files that appear under their names only when they are complete
 
-A format never opens another file by itself: references go through the `open_reference` it is given.
+A format never opens another file by itself: references go through the `open_reference` and `open_file` it is given.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,6 +33,19 @@ class OpenReference(Protocol):
         ...
 
 
+class OpenFile(Protocol):
+    """Opens a file that is a part of an image, as it is; the same policy as for OpenReference applies."""
+
+    def __call__(self, name: str, *, writable: bool) -> HostFile:
+        """Open `name` as the image wrote it."""
+        ...
+
+
+def no_files(name: str, *, writable: bool) -> HostFile:
+    """The OpenFile of images that stand on their own."""
+    raise OpenError(f"{name}: files that belong to an image cannot be opened here")
+
+
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
     """How to open one image file.
@@ -38,12 +56,14 @@ class OpenOptions:
         snapshot: name or ID of an internal snapshot to show instead of the present state, or None.
         looks_like: for raw images whose format was guessed: the probe that their first and last sectors must never
             satisfy.
+        open_file: for the other files that an image consists of.
     """
 
     read_only: bool
     open_reference: OpenReference
     snapshot: str | None = None
     looks_like: Callable[[bytes, bytes], str | None] | None = None
+    open_file: OpenFile = no_files
 
 
 def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:
@@ -68,9 +88,15 @@ FORMATS: dict[str, Callable[[HostFile, OpenOptions], BlockDevice]] = {
     "raw": _open_raw,
     "qcow2": _opener("nbdserve.formats.qcow2"),
     "vpc": _opener("nbdserve.formats.vpc"),
+    "vhdx": _opener("nbdserve.formats.vhdx"),
+    "vdi": _opener("nbdserve.formats.vdi"),
+    "vmdk": _opener("nbdserve.formats.vmdk"),
 }
 
 ALIASES = {"vhd": "vpc", "img": "raw"}
+
+# A VMDK descriptor is text whose first line that is neither empty nor a comment says the version.
+_VMDK_DESCRIPTOR = re.compile(rb"(?:#[^\n]*\n|[ \t]*\r?\n)*version *= *[0-9]")
 
 
 def probe_start(start: bytes) -> str | None:
@@ -95,7 +121,7 @@ def probe_start(start: bytes) -> str | None:
             return name
     if start[64:68] == b"\x7f\x10\xda\xbe":
         return "vdi"
-    return None
+    return "vmdk" if _VMDK_DESCRIPTOR.match(start) else None
 
 
 def probe_sectors(first: bytes, last: bytes) -> str | None:

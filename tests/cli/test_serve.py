@@ -98,9 +98,9 @@ def test_a_socket_left_by_a_killed_server_is_replaced(raw: Path, tmp_path: Path)
         server.process.kill()
         server.process.wait()
     assert path.is_socket()
-    with Served(raw, "-k", path) as server:
+    with Served(raw, "-r", "-k", path) as server:
         server.connect().close()
-        assert "another server is listening there" in refusal(raw, "-f", "raw", "-k", path)
+        assert "another server is listening there" in refusal(raw, "-r", "-k", path)
         server.connect().close()
     assert not path.exists()
 

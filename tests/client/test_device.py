@@ -18,6 +18,7 @@ import pytest
 from nbdserve.block import Computed, Zero
 from nbdserve.client import connect
 from nbdserve.errors import OpenError, ReadOnly
+from nbdserve.opening import open_image
 from tests.conformance import check_block_device
 from tests.interop.certificates import make_certificates
 from tests.serving import Served
@@ -175,3 +176,15 @@ def test_a_server_that_is_none(tmp_path: Path) -> None:
 def test_an_export_that_is_not_there(image: Path) -> None:
     with Served(image, "--format", "raw") as server, pytest.raises(OpenError, match="no such export"):
         connect(f"{server.uri}/other")
+
+
+def test_open_image_takes_uris(image: Path, tmp_path: Path) -> None:
+    with Served(image, "--format", "raw", "-r") as server:
+        with pytest.raises(OpenError, match="offers it read-only"):
+            open_image(server.uri)
+        with pytest.raises(OpenError, match="raw disk"):
+            open_image(server.uri, format="qcow2", read_only=True)
+        with open_image(server.uri, read_only=True) as device:
+            assert device.read(0, SIZE) == image.read_bytes()
+        with Served(server.uri, "-r") as proxy, connect(proxy.uri) as device:
+            assert device.read(0, SIZE) == image.read_bytes()

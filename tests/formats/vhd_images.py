@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 from nbdserve.block import BlockDevice, HostFile
-from nbdserve.formats import OpenOptions
+from nbdserve.errors import OpenError
+from nbdserve.formats import OpenOptions, OpenReference
 from nbdserve.formats.vpc import open_image
+from nbdserve.formats.vpc.create import create_image
 
 UNUSED = 0xFFFFFFFF
 TABLE_OFFSET = 1536
@@ -49,16 +52,41 @@ def dynamic(
     return ends + header(entries, block_size) + raw + ends
 
 
-def no_references(name: str, format: str | None) -> BlockDevice:
-    """VHDs without parent refer to nothing."""
-    raise AssertionError(f"asked to open {name} ({format})")
+def neighbours(directory: Path) -> OpenReference:
+    """Opens parents by plain names beside the child, as nbdserve.opening does among other things."""
+
+    def open_reference(name: str, format: str | None) -> BlockDevice:
+        assert format == "vpc"
+        path = directory / name
+        if not path.exists():
+            raise OpenError(f"{path}: no such file; check the path")
+        return open_vhd(path, read_only=True)
+
+    return open_reference
 
 
-def open_vhd(path: object, *, read_only: bool = False, file_type: type[HostFile] = HostFile) -> BlockDevice:
+def open_vhd(path: Path, *, read_only: bool = False, file_type: type[HostFile] = HostFile) -> BlockDevice:
     """Open a VHD by path; the file is closed again when it is refused."""
     file = file_type.open(str(path), writable=not read_only)
     try:
-        return open_image(file, OpenOptions(read_only=read_only, open_reference=no_references))
+        return open_image(file, OpenOptions(read_only=read_only, open_reference=neighbours(path.parent)))
     except BaseException:
         file.close()
         raise
+
+
+def make_parent(path: Path, content: bytes, block_size: int) -> None:
+    """A dynamic VHD with that content."""
+    create_image(path, len(content), force_size=True, block_size=block_size)
+    with open_vhd(path) as device:
+        device.write(0, content)
+
+
+def make_child(path: Path, parent: str, block_size: int) -> None:
+    """A differencing VHD over the parent of that name beside it."""
+    path.unlink(missing_ok=True)
+    with open_vhd(path.parent / parent, read_only=True) as device:
+        footer = device.footer  # type: ignore[attr-defined]
+    create_image(
+        path, footer.size, subformat="differencing", block_size=block_size, parent=parent, parent_footer=footer
+    )

@@ -91,7 +91,8 @@ class FileSystemMachine(RuleBasedStateMachine):
                 inode = attempt(expected, self.fs.make_directory, where, name, mode, *owner)
             case stat.S_IFLNK:
                 node.mode = kind | 0o777
-                node.content = bytearray(pattern(uid, 1 + uid % 300))
+                target = pattern(uid, 1 + uid % 300)
+                node.content = bytearray(target.decode("latin-1").encode() if self.traits.text_targets else target)
                 inode = attempt(expected, self.fs.make_symlink, where, name, bytes(node.content), *owner)
             case _:
                 inode = attempt(expected, self.fs.create, where, name, kind | mode, *owner)

@@ -20,6 +20,7 @@ class Traits:
             fail with EPERM, ENOTSUP, EROFS or ENOSYS, not do something else.
         case_sensitive: whether `a` and `A` are two names.
         mtime_granularity_ns, atime_granularity_ns: times are rounded down to multiples of it.
+        text_targets: whether symbolic links can only hold UTF-8.
         shown_mode: what becomes of a mode, type bits included.
         names: what the files of the state machine are called.
         reach: how far into a file the state machine goes, in bytes.
@@ -33,6 +34,7 @@ class Traits:
     case_sensitive: bool = True
     mtime_granularity_ns: int = 1
     atime_granularity_ns: int = 1
+    text_targets: bool = False
     shown_mode: Callable[[int], int] = lambda mode: mode
     names: tuple[bytes, ...] = (
         b"a",

@@ -27,7 +27,7 @@ FAILS = 'fails() { if "$@" 2> /dev/null; then echo "succeeded: $*" >&2; exit 1; 
 
 Argument = str | os.PathLike[str]
 
-needs_fuse = pytest.mark.needs("fusermount3", "setpriv")
+needs_fuse = pytest.mark.needs("fusermount3", "setpriv", "module:pyfuse3")
 
 
 def environment() -> dict[str, str]:

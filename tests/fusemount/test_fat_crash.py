@@ -149,8 +149,8 @@ class Story:
 
     def replace(self) -> tuple[str, bytes, bytes] | None:
         """Over a file, in the same directory, as programs do it that want to replace a file's content."""
-        path, target = self.chosen.sample(list(self.files), 2)
-        if path.rpartition("/")[0] != target.rpartition("/")[0]:
+        path, target = self.chosen.choices(list(self.files), k=2)
+        if path == target or len(self.files) < 5 or path.rpartition("/")[0] != target.rpartition("/")[0]:
             return None
         replaced = target, self.files[target], self.files[path]
         self.gone(target)

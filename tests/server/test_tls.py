@@ -26,6 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image for all servers, which are readers for that: only one at a time could write."""
     path = tmp_path_factory.mktemp("tls") / "disk.raw"
     with path.open("wb") as file:
         file.write(Random(1).randbytes(5 * MIB + 512))
@@ -36,7 +37,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def strict(image: Path, certificates: Certificates) -> Iterator[Served]:
     """A server that requires TLS and a client's certificate."""
-    options = ("-f", "raw", "-v", "--tls-certs", certificates.good, "--tls-verify-peer")
+    options = ("-r", "-f", "raw", "-v", "--tls-certs", certificates.good, "--tls-verify-peer")
     with Served(image, *options) as server:
         yield server
 
@@ -44,7 +45,7 @@ def strict(image: Path, certificates: Certificates) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def open_to_all(image: Path, certificates: Certificates) -> Iterator[Served]:
     """A server that requires TLS, of whomever."""
-    with Served(image, "-f", "raw", "-v", "--tls-certs", certificates.good) as server:
+    with Served(image, "-r", "-f", "raw", "-v", "--tls-certs", certificates.good) as server:
         yield server
 
 
@@ -122,7 +123,7 @@ def test_require_hangs_up_on_a_plain_export_name(open_to_all: Served) -> None:
 
 
 def test_on_serves_both(image: Path, certificates: Certificates) -> None:
-    with Served(image, "-f", "raw", "--tls", "on", "--tls-certs", certificates.good) as server:
+    with Served(image, "-r", "-f", "raw", "--tls", "on", "--tls-certs", certificates.good) as server:
         assert server.uri.startswith("nbd://")
         assert is_served(server, context(certificates.good, certificate=False))
         with greeted(server) as client:
@@ -130,7 +131,7 @@ def test_on_serves_both(image: Path, certificates: Certificates) -> None:
 
 
 def test_off_refuses_starttls(image: Path, certificates: Certificates) -> None:
-    options = ("-f", "raw", "--tls", "off", "--tls-certs", certificates.good)
+    options = ("-r", "-f", "raw", "--tls", "off", "--tls-certs", certificates.good)
     with Served(image, *options) as server, greeted(server) as client:
         assert [kind for kind, _ in client.option(wire.STARTTLS)] == [wire.ERR_POLICY]
         assert client.go().read(0, 10) == image.read_bytes()[:10]
@@ -151,7 +152,7 @@ def test_verification_wants_a_certificate_of_our_ca(strict: Served, certificates
 
 
 def test_revoked_clients_are_refused(image: Path, certificates: Certificates) -> None:
-    options = ("-f", "raw", "--tls-certs", certificates.revoked, "--tls-verify-peer")
+    options = ("-r", "-f", "raw", "--tls-certs", certificates.revoked, "--tls-verify-peer")
     with Served(image, *options) as server:
         assert not is_served(server, context(certificates.revoked))
         assert is_served(server, context(certificates.good))
@@ -160,7 +161,7 @@ def test_revoked_clients_are_refused(image: Path, certificates: Certificates) ->
 @needs("nbdinfo")
 def test_a_client_refuses_the_wrong_server(image: Path, certificates: Certificates) -> None:
     """The server's own certificates are what the directory says: a client that looks at them does not go on."""
-    with Served(image, "-f", "raw", "--tls-certs", certificates.wrong_host) as server:
+    with Served(image, "-r", "-f", "raw", "--tls-certs", certificates.wrong_host) as server:
         uri = names(server.uri, certificates.good)
         result = subprocess.run(["nbdinfo", uri], capture_output=True, text=True, timeout=20)
         assert result.returncode != 0
@@ -188,7 +189,7 @@ def test_what_is_injected_behind_starttls_ends_the_connection(open_to_all: Serve
 
 
 def test_what_was_agreed_in_plaintext_is_forgotten(image: Path, certificates: Certificates) -> None:
-    options = ("-f", "raw", "--tls", "on", "--tls-certs", certificates.good)
+    options = ("-r", "-f", "raw", "--tls", "on", "--tls-certs", certificates.good)
     with Served(image, *options) as server, greeted(server) as client:
         assert client.option(wire.STRUCTURED_REPLY) == [(wire.ACK, b"")]
         client.start_tls(context(certificates.good))

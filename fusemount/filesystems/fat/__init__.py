@@ -8,8 +8,9 @@
     directory    one directory in memory: finding, adding and removing entries
     volume       the device with all that, and the marks that say whether it was cleanly unmounted
     inodes       which file has which inode number
-    reading      the half of the file system that only looks
-    writing      the half that changes something, and in which order
+    reading      the part of the file system that only looks
+    content      the part that changes what is in files
+    writing      the part that changes names and directories, and the order of all writes
 
 Source: "Microsoft Extensible Firmware Initiative FAT32 File System Specification", version 1.03 (2000), called the
 specification in this package. Where it leaves room, what Linux's vfat does is followed. Times are taken for UTC, since

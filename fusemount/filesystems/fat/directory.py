@@ -51,6 +51,7 @@ class Directory:
         self._per_place = volume.geometry.root_entries if self._fixed else volume.geometry.cluster_size // ENTRY_SIZE
         raw = self._read()
         self._used = bytearray(len(raw) // ENTRY_SIZE)  # one byte a slot, 1 where it is taken
+        self._full_before = 0  # no slot before this one is free
         self._end = len(self._used)  # the first slot that was never used; none behind it counts
         self._parse(raw, inodes)
         self._litter = bool(raw[self._end * ENTRY_SIZE :].strip(b"\0"))  # there is something behind the end
@@ -150,7 +151,7 @@ class Directory:
     def make_room(self, text: str) -> None:
         """See to it that an entry with this name can be added. Raises ENOSPC."""
         need = 1 if self._exact_short(text) else 2 + len(text.encode("utf-16-le")) // 26
-        if self._used.find(bytes(need)) >= 0:
+        if self._free_slots(need) >= 0:
             return
         geometry = self._volume.geometry
         missing = need - (len(self._used) - self._end)
@@ -167,6 +168,12 @@ class Directory:
         self._chain.extend(runs)
         self._extend(runs)
         self._used += bytes(slots)
+
+    def _free_slots(self, count: int) -> int:
+        """Where that many free slots follow each other, or -1."""
+        first = self._used.find(0, self._full_before)
+        self._full_before = first if first >= 0 else len(self._used)
+        return self._used.find(bytes(count), self._full_before)
 
     def _exact_short(self, text: str) -> tuple[bytes, int] | None:
         """The short name that says a name by itself, if it is free: damaged entries may have it, though not shown."""
@@ -185,7 +192,7 @@ class Directory:
         entry.name = text.encode()
         raw += entry.pack(wide=self._volume.wide)
         entry.slots = len(raw) // ENTRY_SIZE
-        start = self._used.find(bytes(entry.slots))
+        start = self._free_slots(entry.slots)
         assert start >= 0
         entry.slot = start + entry.slots - 1
         entry.position = self._position(entry.slot)
@@ -216,7 +223,9 @@ class Directory:
 
     def vacate(self, entry: Entry) -> None:
         """The slots of a removed entry are free."""
-        self._used[entry.slot + 1 - entry.slots : entry.slot + 1] = bytes(entry.slots)
+        start = entry.slot + 1 - entry.slots
+        self._used[start : entry.slot + 1] = bytes(entry.slots)
+        self._full_before = min(self._full_before, start)
 
     def _pieces(self, slot: int, raw: bytes) -> list[Piece]:
         """Bytes for some slots, cut where they do not lie together on the device."""

@@ -1,4 +1,4 @@
-"""The half of a FAT file system that only looks."""
+"""The part of a FAT file system that only looks."""
 
 from __future__ import annotations
 
@@ -57,13 +57,15 @@ class FatReader(FileSystem):
         if directory is None:
             directory = Directory(self.volume, first, self.inodes)
             self._directories[first] = directory
-            while (
-                len(self._directories) > 1 and sum(each.size for each in self._directories.values()) > _MOST_IN_MEMORY
-            ):
-                self._directories.popitem(last=False)
+            self._shrink_cache()
         else:
             self._directories.move_to_end(first)
         return directory
+
+    def _shrink_cache(self) -> None:
+        total = sum(directory.size for directory in self._directories.values())
+        while total > _MOST_IN_MEMORY and len(self._directories) > 1:
+            total -= self._directories.popitem(last=False)[1].size
 
     def drop_directory(self, first: int) -> None:
         """What is in memory about a directory is not to be used again."""
@@ -156,7 +158,9 @@ class FatReader(FileSystem):
         return buffer
 
     def places(self, file: File, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Where a range of a file lies on the device: offsets and sizes in bytes. Raises EIO."""
+        """Where a range of a file lies on the device: offsets and sizes in bytes; none if it is empty. Raises EIO."""
+        if length <= 0:
+            return
         geometry = self.volume.geometry
         size = geometry.cluster_size
         index, inside = divmod(offset, size)

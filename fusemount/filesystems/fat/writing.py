@@ -1,4 +1,4 @@
-"""The half of a FAT file system that changes something, and in which order.
+"""The part of a FAT file system that changes names and directories, and the order of all writes.
 
 Everything is written when it is changed, nothing waits in memory. FAT has no log, so the order makes what a crash
 leaves behind repairable by fsck.vfat, without loss of what was synced:
@@ -21,34 +21,20 @@ import errno
 import stat
 import time
 
-from fusemount.filesystems.base import Changes, Inode, error
+from fusemount.filesystems.base import Inode, error
 from fusemount.filesystems.fat import names
 from fusemount.filesystems.fat.boot import ENTRY_SIZE
-from fusemount.filesystems.fat.chain import Chain
+from fusemount.filesystems.fat.content import OWNER_WRITES, FatContent
 from fusemount.filesystems.fat.directory import DOT, DOT_DOT, Directory
 from fusemount.filesystems.fat.entries import Attribute, Entry, packed
-from fusemount.filesystems.fat.inodes import ROOT, File
-from fusemount.filesystems.fat.reading import FatReader
-from fusemount.filesystems.fat.table import Run
-from fusemount.filesystems.fat.volume import Piece, Volume
-from nbdserve.block.file import ReadBuffer
+from fusemount.filesystems.fat.inodes import ROOT
+from fusemount.filesystems.fat.volume import Piece
 
-LARGEST_FILE = (1 << 32) - 1
-_OWNER_WRITES = 0o200
 _DEEPEST = 65536
 
 
-class FatFileSystem(FatReader):
+class FatFileSystem(FatContent):
     """A FAT volume, read and write."""
-
-    read_only = False
-
-    def __init__(self, volume: Volume) -> None:
-        super().__init__(volume)
-        self._closed = False
-
-    def _piece(self, entry: Entry) -> Piece:
-        return entry.position, entry.pack(wide=self.volume.wide)
 
     def _touch(self, directory: Inode) -> list[Piece]:
         """A directory's content changes now; the root directory has no entry where that could be noted."""
@@ -56,7 +42,7 @@ class FatFileSystem(FatReader):
         if directory == ROOT or file.entry.modified == now:
             return []
         file.entry.modified = now
-        return [self._piece(file.entry)]
+        return [self.piece(file.entry)]
 
     def _new_place(self, directory: Inode, name: bytes) -> tuple[Directory, str]:
         """The directory and the characters of a name that does not exist yet. Raises EEXIST, ENOSPC, EINVAL."""
@@ -74,7 +60,7 @@ class FatFileSystem(FatReader):
         if not stat.S_ISREG(mode):
             raise error(errno.EPERM)
         place, text = self._new_place(directory, name)
-        attributes = Attribute.ARCHIVE if mode & _OWNER_WRITES else Attribute.ARCHIVE | Attribute.READ_ONLY
+        attributes = Attribute.ARCHIVE if mode & OWNER_WRITES else Attribute.ARCHIVE | Attribute.READ_ONLY
         entry = Entry.new(attributes, 0, time.time_ns())
         self.volume.write(place.add(text, entry) + self._touch(directory))
         return self.tell(entry)
@@ -103,12 +89,6 @@ class FatFileSystem(FatReader):
 
     def link(self, inode: Inode, directory: Inode, name: bytes) -> None:
         raise error(errno.EPERM)
-
-    def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
-        raise error(errno.ENOTSUP)
-
-    def remove_xattr(self, inode: Inode, name: bytes) -> None:
-        raise error(errno.ENOTSUP)
 
     def _existing(self, directory: Inode, name: bytes) -> tuple[Directory, Entry]:
         place = self.directory_of(self.inodes[directory])
@@ -148,28 +128,11 @@ class FatFileSystem(FatReader):
             self.drop_directory(entry.first)
         file = self.inodes.at(entry.position)
         if file is None:
-            self.volume.park(self._clusters_from(entry.first))
+            self.volume.park(self.clusters_from(entry.first))
             return
         self.inodes.unlinked(file)
         if not file.held:
             self.discard(file)
-
-    def discard(self, file: File) -> None:
-        first = file.entry.first
-        file.chain = Chain(self.volume.table, 0)
-        file.entry.first = file.entry.size = 0
-        self.volume.park(self._clusters_from(first))
-
-    def _clusters_from(self, first: int) -> list[Run]:
-        """The clusters of a chain that is to be given up; none of a damaged one, which is left for fsck.vfat."""
-        chain = Chain(self.volume.table, first)
-        try:
-            chain.learn()
-        except OSError as damage:
-            if damage.errno != errno.EIO:
-                raise
-            return []
-        return chain.cut(0)
 
     # Renaming
 
@@ -235,7 +198,7 @@ class FatFileSystem(FatReader):
             return []
         dot_dot = self._dot_dot(entry.first)
         dot_dot.first = self._first_for_children(new_directory)
-        return [self._piece(dot_dot)]
+        return [self.piece(dot_dot)]
 
     def _replace(self, place: Directory, entry: Entry, target: Entry, parent: list[Piece]) -> None:
         """The target's entry, which has the right name already, gets the other one's content."""
@@ -245,7 +208,7 @@ class FatFileSystem(FatReader):
             replaced.entry = old
         removal = place.remove(entry)
         target.take_content(entry)
-        self.volume.write([*removal, self._piece(target), *parent])
+        self.volume.write([*removal, self.piece(target), *parent])
         self._lost_its_name(old)
         if file:
             file.entry = target
@@ -268,100 +231,3 @@ class FatFileSystem(FatReader):
         if file:
             file.entry = new
             self.inodes.moved(file, entry.position)
-
-    # Content
-
-    def write(self, inode: Inode, offset: int, data: ReadBuffer) -> None:
-        file = self.regular(inode)
-        if len(data):
-            self._put(file, offset, memoryview(data))
-
-    def truncate(self, inode: Inode, size: int) -> None:
-        file = self.regular(inode)
-        if size < file.entry.size:
-            self._shrink(file, size)
-        else:
-            self._put(file, size, memoryview(b""))
-
-    def _put(self, file: File, offset: int, data: memoryview) -> None:
-        """Write data at offset, and zeros between the old end of the file and there."""
-        entry, chain, cluster_size = file.entry, file.chain, self.volume.geometry.cluster_size
-        size = max(entry.size, offset + len(data))
-        if size > LARGEST_FILE:
-            raise error(errno.EFBIG)
-        self.volume.begin_change()
-        need, have = -(-size // cluster_size), 0
-        if size > entry.size:
-            have = chain.learn()
-        last = chain.last if have else 0
-        runs = self.volume.allocate(need - have, near=last + 1) if size > entry.size and need > have else []
-        chain.extend(runs) if runs else None
-        try:
-            for place, length in self.places(file, entry.size, offset - entry.size) if offset > entry.size else ():
-                self.device.zero(place, length)
-            for place, length in self.places(file, offset, len(data)) if data else ():
-                self.device.write(place, data[:length])
-                data = data[length:]
-        except BaseException:
-            if runs:
-                chain.cut(have)
-            raise
-        if runs:
-            self.volume.link(runs, last)
-            entry.first = chain.first
-        entry.size = size
-        self._changed(file)
-
-    def _shrink(self, file: File, size: int) -> None:
-        entry, table = file.entry, self.volume.table
-        keep = -(-size // self.volume.geometry.cluster_size)
-        last = next(file.chain.runs(keep - 1, 1))[0] if keep else 0
-        # Looked at before the chain is cut, lest a circle in it goes unnoticed and leads back into what is kept.
-        rest = self._clusters_from(table[last] if keep else entry.first)
-        self.volume.begin_change()
-        entry.size = size
-        entry.first = entry.first if keep else 0
-        self._changed(file)
-        if keep and not table.is_end(table[last]):
-            table[last] = table.end_of_chain
-            table.flush()
-        self.volume.park(rest)
-        file.chain = Chain(table, entry.first)
-
-    def _changed(self, file: File) -> None:
-        """A file's content was changed now."""
-        file.entry.modified = packed(time.time_ns())
-        file.entry.attributes |= Attribute.ARCHIVE
-        self._write_entry(file)
-
-    def _write_entry(self, file: File) -> None:
-        if file.linked and file.number != ROOT:
-            self.volume.write([self._piece(file.entry)])
-
-    def change(self, inode: Inode, changes: Changes) -> None:
-        file = self.inodes[inode]
-        entry = file.entry
-        if changes.uid is not None or changes.gid is not None:
-            raise error(errno.EPERM)
-        self.volume.begin_change()
-        if changes.mode is not None and not entry.is_directory:
-            read_only = 0 if changes.mode & _OWNER_WRITES else Attribute.READ_ONLY
-            entry.attributes = entry.attributes & ~Attribute.READ_ONLY | read_only
-        if changes.atime_ns is not None:
-            entry.accessed = packed(changes.atime_ns)[0]
-        if changes.mtime_ns is not None:
-            entry.modified = packed(changes.mtime_ns)
-        self._write_entry(file)
-
-    # The end
-
-    def sync(self) -> None:
-        self.volume.sync()
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        for file in self.inodes.unlinked_files():
-            self.discard(file)
-        self.volume.close()
-        self._closed = True

@@ -1,9 +1,14 @@
-"""VHD images, which QEMU calls vpc: Virtual PC's and Hyper-V's disks, fixed and dynamic.
+"""VHD images, which QEMU calls vpc: Virtual PC's and Hyper-V's disks, fixed, dynamic and differencing.
 
-    header    the footer and the dynamic header, checked once
-    table     the block allocation table: what its entries may say, and when they reach the disk
-    dynamic   a disk of blocks, as a MappedImage
-    opening   which of the two kinds a file is, and where its footer is to be believed
+    header        the footer and the dynamic header, checked once
+    table         the block allocation table: what its entries may say, and when they reach the disk
+    fixed         a disk in one piece
+    dynamic       a disk of blocks, as a MappedImage
+    differencing  a disk of blocks over a parent, and bitmaps that say which sectors are its own
+    parent        how a differencing disk names its parent
+    bitmaps, parents  what VHDX does in the same way: bits of sectors, and the search for a parent
+    opening       which kind a file is, and where its footer is to be believed
+    create        new, empty images
 
 Source: "Virtual Hard Disk Image Format Specification", version 1.0 (Microsoft, 2006). Where the text leaves room, what
 QEMU 7.2 does is followed, so that both show the same disk.
@@ -40,7 +45,8 @@ def open_image(file: HostFile, options: OpenOptions) -> BlockDevice:
 
     Raises:
         FormatError: it is no VHD, or a damaged one.
-        Unsupported: a differencing disk, or larger tables than can sensibly be held in memory.
+        OpenError: its parent cannot be opened, or is not the one it was made for.
+        Unsupported: larger tables than can sensibly be held in memory.
     """
     from nbdserve.formats.vpc.opening import open_vhd
 

@@ -36,12 +36,16 @@ class DynamicDisk(MappedImage):
     Args:
         layout: from the disk's dynamic header.
         end: where the file's last footer begins, in bytes, or the length of the file when it ends without one.
+
+    Attributes:
+        footer: what the disk's footer says.
     """
 
     def __init__(self, file: HostFile, footer: Footer, layout: Layout, end: int, *, read_only: bool) -> None:
         super().__init__(footer.size, cluster_size=layout.block_size, read_only=read_only, backing=None)
         self.file = file
-        self._footer = footer.content
+        self.footer = footer
+        self._block_size = layout.block_size
         self._bitmap_size = layout.bitmap_size
         self._table = BlockTable(file, layout, end)
         self._places = self._table.data
@@ -59,21 +63,21 @@ class DynamicDisk(MappedImage):
         if place == UNALLOCATED:
             return Unallocated(self._unallocated(block, inside, length))
         host = HostOffset(place + inside)
-        is_data, run = self.file.data_extent(host, min(length, self.cluster_size - inside))
+        is_data, run = self.file.data_extent(host, min(length, self._block_size - inside))
         return Data(run, self.file, host) if is_data else Zero(run, allocated=False)
 
     def _unallocated(self, block: int, inside: int, length: int) -> int:
         """How many of the next `length` bytes lie in blocks that have no place."""
-        run = self.cluster_size - inside
+        run = self._block_size - inside
         while run < length and self._places[block + 1] == UNALLOCATED:
             block += 1
-            run += self.cluster_size
+            run += self._block_size
         return min(run, length)
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
         inside = offset & self._mask
         place = self._places[offset >> self._shift]
-        if place <= DAMAGED or inside + length > self.cluster_size:
+        if place <= DAMAGED or inside + length > self._block_size:
             return None
         return self.file, HostOffset(place + inside)
 
@@ -89,7 +93,7 @@ class DynamicDisk(MappedImage):
             return None
         if not self._bitmap_set[block]:
             self._set_bitmap(block, place - self._bitmap_size)
-        return Data(min(length, self.cluster_size - inside), self.file, HostOffset(place + inside))
+        return Data(min(length, self._block_size - inside), self.file, HostOffset(place + inside))
 
     def _set_bitmap(self, block: int, bitmap: int) -> None:
         """Set all bits of a block that another program has written, if they are not. Two threads may both do it."""
@@ -99,6 +103,18 @@ class DynamicDisk(MappedImage):
         self._bitmap_set[block] = 1
 
     def reserve(self, offset: int, length: int) -> Reservation:
+        place, zeroed = self._new_block(b"\xff" * self._bitmap_size)
+        return Reservation(
+            guest_offset=GuestOffset(offset & ~self._mask),
+            length=self._block_size,
+            file=self.file,
+            host_offset=HostOffset(place),
+            zeroed=zeroed,
+        )
+
+    def _new_block(self, sectors: bytes) -> tuple[int, bool]:
+        """Where the data of the next block is to go, behind its bitmap and in front of a footer, which are written;
+        and whether that place reads as zeros."""
         # Blocks may lie anywhere: data in whole pages spares the host from reading before it can write.
         place = -(-(self._next + self._bitmap_size) // _PAGE) * _PAGE
         bitmap = place - self._bitmap_size
@@ -108,19 +124,13 @@ class DynamicDisk(MappedImage):
             )
         # Zeros are only certain where the file ends, not where a reservation was cancelled.
         zeroed = not self.file.is_device and self.file.size <= bitmap + FOOTER_SIZE
-        self.file.write(place + self.cluster_size, self._footer)
-        self.file.write(bitmap, b"\xff" * self._bitmap_size)
-        return Reservation(
-            guest_offset=GuestOffset(offset & ~self._mask),
-            length=self.cluster_size,
-            file=self.file,
-            host_offset=HostOffset(place),
-            zeroed=zeroed,
-        )
+        self.file.write(place + self._block_size, self.footer.content)
+        self.file.write(bitmap, sectors)
+        return place, zeroed
 
     def publish(self, reservation: Reservation) -> None:
         block = reservation.guest_offset >> self._shift
-        self._next = reservation.host_offset + self.cluster_size
+        self._next = reservation.host_offset + self._block_size
         self._bitmap_set[block] = 1
         self._table.publish(block, reservation.host_offset)
 

@@ -32,7 +32,7 @@ _FOOTER = Struct(  # "Hard Disk Footer Format"
     "cookie" / Const(COOKIE),
     Padding(8),
     "header_offset" / Int64ub,
-    Padding(4),
+    "timestamp" / Int32ub,
     "creator" / Bytes(4),
     Padding(16),
     "current_size" / Int64ub,
@@ -40,6 +40,8 @@ _FOOTER = Struct(  # "Hard Disk Footer Format"
     "heads" / Int8ub,
     "sectors_per_track" / Int8ub,
     "disk_type" / Int32ub,
+    Padding(4),
+    "unique_id" / Bytes(16),
 )
 
 _HEADER = Struct(  # "Dynamic Disk Header Format"
@@ -69,12 +71,16 @@ class Footer:
         size: the length of the disk in bytes.
         disk_type: a number that need not be a DiskType.
         header_offset: where the dynamic header begins in the file, in bytes; not checked yet.
+        timestamp: when the disk was made, in seconds since the start of 2000 (UTC).
+        unique_id: by which a differencing disk knows its parent.
     """
 
     content: bytes
     size: int
     disk_type: int
     header_offset: int
+    timestamp: int
+    unique_id: bytes
 
     @classmethod
     def parse(cls, sector: bytes, name: str) -> Footer:
@@ -92,7 +98,14 @@ class Footer:
                 f"{name}: the VHD footer announces {sectors * SECTOR} bytes, but a VHD holds 2040 GiB at most; "
                 "the footer is damaged"
             )
-        return cls(sector, sectors * SECTOR, fields.disk_type, fields.header_offset)
+        return cls(
+            sector,
+            sectors * SECTOR,
+            fields.disk_type,
+            fields.header_offset,
+            fields.timestamp,
+            fields.unique_id,
+        )
 
 
 @dataclass(frozen=True, slots=True)

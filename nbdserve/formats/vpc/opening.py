@@ -1,4 +1,4 @@
-"""Which kind of VHD a file is, and which of its footers to believe.
+"""Which kind of VHD a file is, which of its footers to believe, and its parent.
 
 A fixed disk has one footer, in the file's last 512 bytes, and its first sector belongs to the guest. A dynamic disk has
 the same footer at the end and a copy at the start. So the end is asked first: were it the start, a guest could turn its
@@ -12,18 +12,12 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, OpenError, Unsupported
 from nbdserve.formats import OpenOptions
-from nbdserve.formats.raw import RawImage
 from nbdserve.formats.vpc import COOKIE, FOOTER_SIZE, is_footer
+from nbdserve.formats.vpc.differencing import DifferencingDisk
 from nbdserve.formats.vpc.dynamic import DynamicDisk
+from nbdserve.formats.vpc.fixed import FixedDisk
 from nbdserve.formats.vpc.header import DiskType, Footer, Layout
-
-
-class FixedDisk(RawImage):
-    """A fixed VHD: the guest's bytes as they are, and a footer that lies past the disk's end, out of its reach."""
-
-    def __init__(self, file: HostFile, footer: Footer, *, read_only: bool) -> None:
-        super().__init__(file, read_only=read_only)
-        self.size = footer.size
+from nbdserve.formats.vpc.parent import Parent
 
 
 def open_vhd(file: HostFile, options: OpenOptions) -> BlockDevice:
@@ -41,32 +35,47 @@ def open_vhd(file: HostFile, options: OpenOptions) -> BlockDevice:
         footer = Footer.parse(head, file.name)
     elif not is_footer(tail):
         raise _not_a_vhd(file.name, head, tail)
-    _refuse_all_but_dynamic(file.name, footer, end)
+    _refuse_all_but_blocks(file.name, footer, end)
     if not is_footer(tail):
         end = file.size
     layout = Layout.read(file, footer, end)
+    if footer.disk_type == DiskType.DIFFERENCING:
+        disk: BlockDevice = _open_differencing(file, footer, layout, end, options)
+    else:
+        disk = DynamicDisk(file, footer, layout, end, read_only=options.read_only)
     if not is_footer(head) and not options.read_only:
         # The footer at the end is about to be overwritten whenever the file grows: there must be another.
         file.write(0, footer.content)
         file.sync()
-    return DynamicDisk(file, footer, layout, end, read_only=options.read_only)
+    return disk
 
 
-def _refuse_all_but_dynamic(name: str, footer: Footer, end: int) -> None:
+def _open_differencing(
+    file: HostFile, footer: Footer, layout: Layout, end: int, options: OpenOptions
+) -> DifferencingDisk:
+    parent = Parent.read(file, footer, end)
+    below = parent.open(file.name, options.open_reference)
+    try:
+        return DifferencingDisk(file, footer, parent.protect(layout), end, below, read_only=options.read_only)
+    except BaseException:
+        below.close()
+        raise
+
+
+def _refuse_all_but_blocks(name: str, footer: Footer, end: int) -> None:
+    """Refuse what is not kept in blocks."""
     match footer.disk_type:
-        case DiskType.DYNAMIC:
+        case DiskType.DYNAMIC | DiskType.DIFFERENCING:
             return
         case DiskType.FIXED:
             raise FormatError(
                 f"{name}: the footer announces a fixed disk of {footer.size} bytes, but {end} lie before it; "
                 "the image is truncated"
             )
-        case DiskType.DIFFERENCING:
-            raise Unsupported(
-                f"{name}: differencing VHDs (with a parent disk) are not handled; merge it into its parent first"
-            )
         case _:
-            raise Unsupported(f"{name}: VHD disk type {footer.disk_type} is not handled; fixed (2) and dynamic (3) are")
+            raise Unsupported(
+                f"{name}: VHD disk type {footer.disk_type} is not handled; fixed (2), dynamic (3), differencing (4) are"
+            )
 
 
 def _not_a_vhd(name: str, head: bytes, tail: bytes) -> FormatError:
