@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nbdserve.block import BlockDevice, HostFile, Window
 from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats import ALIASES, FORMATS, OpenOptions, OpenReference, probe, probe_sectors
+from nbdserve.formats import ALIASES, FORMATS, OpenDataFile, OpenOptions, OpenReference, probe, probe_sectors
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
 _LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -124,7 +124,14 @@ class _Chain:
                     f"{file.name}: no format was given and none recognised, so it is served as raw, and its first "
                     "sector is protected; say --format raw to lift that"
                 )
-        return name, OpenOptions(read_only, below.reference_opener(file.name), snapshot, looks_like)
+        return name, OpenOptions(
+            read_only,
+            below.reference_opener(file.name),
+            snapshot,
+            looks_like,
+            below.data_file_opener(file.name),
+            self.warn,
+        )
 
     def reference_opener(self, owner: str) -> OpenReference:
         """What opens the files that `owner` refers to."""
@@ -136,6 +143,21 @@ class _Chain:
             return self.open(path, format=format, read_only=True, snapshot=None)
 
         return open_reference
+
+    def data_file_opener(self, owner: str) -> OpenDataFile:
+        """What opens the file that holds the guest's data for `owner`."""
+
+        def open_data_file(name: str, *, writable: bool) -> HostFile:
+            path = self._permitted(owner, name)
+            file = HostFile.open(path, writable=writable)
+            try:
+                self._entered(path, file)
+            except BaseException:
+                file.close()
+                raise
+            return file
+
+        return open_data_file
 
     def _permitted(self, owner: str, name: str) -> str:
         """The path that a reference means, if the policy lets it be opened."""

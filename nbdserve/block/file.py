@@ -40,6 +40,8 @@ class HostFile:
         is_device: whether it is a block device rather than a regular file.
         nowait: flags for os.preadv() that make it fail rather than wait for the disk: RWF_NOWAIT, or 0 where the file
             lies in memory (tmpfs does not know the flag).
+        may_be_sent: whether sendfile may take bytes from it. Not where space is reused in pieces of a page: pages that
+            wait in a socket would change.
     """
 
     def __init__(self, fd: int, name: str, *, writable: bool) -> None:
@@ -48,6 +50,8 @@ class HostFile:
         self.writable = writable
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = _nowait_flags(fd)
+        self.may_be_sent = True
+        self._lost = 0  # the errno of a sync that failed
         self._data = (0, 0)  # a range known to hold no hole; one tuple, because threads look at it without a lock
 
     @classmethod
@@ -171,8 +175,12 @@ class HostFile:
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether the page cache seems to hold the range, by looking at one byte in every 256 KiB and the last one.
 
-        For sendfile, which has no way to ask. A wrong yes costs one wait for the disk, no more.
+        For sendfile, which has no way to ask; so no where sendfile must not be used. A wrong yes costs one wait for the
+        disk, no more.
         """
+        return self.may_be_sent and self._is_cached(offset, length)
+
+    def _is_cached(self, offset: int, length: int) -> bool:
         probe = [bytearray(1)]
         last = offset + length - 1
         try:
@@ -187,11 +195,27 @@ class HostFile:
         """Whether a write there needs no old bytes from the disk first: whole pages, or page ends that are cached."""
         if not (offset | length) & (_PAGE - 1):
             return True
-        return self.is_cached(offset, length)
+        return self._is_cached(offset, length)
+
+    def resize(self, size: int) -> None:
+        """Set the length of a regular file; what is new reads as zeros."""
+        os.ftruncate(self.fd, size)
 
     def sync(self) -> None:
-        """Return when everything written so far is on stable storage."""
-        os.fdatasync(self.fd)
+        """Return when everything written so far is on stable storage.
+
+        A failure is for good: the kernel forgets what it could not write, so no later success would mean anything.
+
+        Raises:
+            OSError: from the host, this time or an earlier one.
+        """
+        if self._lost:
+            raise OSError(self._lost, "data was lost when the host failed to write it; restart from a copy", self.name)
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._lost = error.errno or errno.EIO
+            raise
 
     def close(self) -> None:
         """Close the descriptor; calling it again does nothing."""

@@ -28,6 +28,18 @@ class OpenReference(Protocol):
         ...
 
 
+class OpenDataFile(Protocol):
+    """Opens the file that an image names as the place of its guest's data, under the same policy."""
+
+    def __call__(self, name: str, *, writable: bool) -> HostFile:
+        """Open `name` as the image wrote it; the caller closes it."""
+        ...
+
+
+def _no_data_file(name: str, *, writable: bool) -> HostFile:
+    raise OpenError(f"{name}: external data files are not opened here")
+
+
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
     """How to open one image file.
@@ -38,12 +50,16 @@ class OpenOptions:
         snapshot: name or ID of an internal snapshot to show instead of the present state, or None.
         looks_like: for raw images whose format was guessed: the probe that their first and last sectors must never
             satisfy.
+        open_data_file: for the file that holds the guest's data apart from the image's tables.
+        warn: told, in one line, of what the user should know.
     """
 
     read_only: bool
     open_reference: OpenReference
     snapshot: str | None = None
     looks_like: Callable[[bytes, bytes], str | None] | None = None
+    open_data_file: OpenDataFile = _no_data_file
+    warn: Callable[[str], None] = lambda line: None
 
 
 def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:
