@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from nbdserve.errors import OpenError
 
@@ -216,6 +216,12 @@ class HostFile:
         except OSError as error:
             self._lost = error.errno or errno.EIO
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the descriptor; calling it again does nothing."""

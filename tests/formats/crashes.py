@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from nbdserve.block import BlockDevice, HostFile
 from nbdserve.block.file import ReadBuffer
+from nbdserve.formats.qcow2.writable import WritableQcow2Image
 
 SECTOR = 512
 
@@ -111,6 +112,15 @@ class Witness:
         data = number.to_bytes(4, "big") * (length // 4)
         if number % 2 or not self.device.write_nowait(offset, data):
             self.device.write(offset, data)
+
+    def pack(self, sector: int, number: int) -> None:
+        """Write a number, compressed, to the cluster that holds a sector."""
+        image = self.device
+        assert isinstance(image, WritableQcow2Image)
+        count = image.header.geometry.cluster_size // SECTOR
+        sector = sector // count * count
+        offset, length = self._note(sector, min(count, len(self._now) - sector), number)
+        image.write_compressed(offset, number.to_bytes(4, "big") * (length // 4))
 
     def zero(self, sector: int, count: int, *, unmap: bool) -> None:
         """Make `count` sectors zeros."""

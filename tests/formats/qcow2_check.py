@@ -25,6 +25,9 @@ class Check:
         self.bits = _number(content, 20, 4)
         self.size = 1 << self.bits
         self.width = 1 << (_number(content, 96, 4) if _number(content, 4, 4) > 2 else 4)
+        features = _number(content, 72) if _number(content, 4, 4) > 2 else 0
+        self.words = 2 if features & 16 else 1
+        self.is_external = bool(features & 4)
         self.references: Counter[int] = Counter()
         self.copied: list[tuple[int, bool]] = []
         self.leaks = 0
@@ -60,7 +63,7 @@ class Check:
                 self._refer(entry & OFFSET, self.size, "L2 table")
                 if active:
                     self.copied.append(((entry & OFFSET) >> self.bits, bool(entry & COPIED)))
-                for l2_entry in _table(self.content, entry & OFFSET, self.size // 8):
+                for l2_entry in _table(self.content, entry & OFFSET, self.size // 8)[:: self.words]:
                     self._l2_entry(l2_entry, active)
 
     def _l2_entry(self, entry: int, active: bool) -> None:
@@ -70,7 +73,7 @@ class Check:
             sectors = (entry & COMPRESSED - 1) >> shift
             start = offset & ~511
             self._refer(start, (sectors + 1) * 512, "compressed data")
-        elif entry & OFFSET:
+        elif entry & OFFSET and not self.is_external:
             self._refer(entry & OFFSET, self.size, "data")
             if active:
                 self.copied.append(((entry & OFFSET) >> self.bits, bool(entry & COPIED)))

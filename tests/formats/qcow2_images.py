@@ -27,9 +27,13 @@ def open_qcow2(
     path: Path, *, read_only: bool = False, snapshot: str | None = None, file_type: type[HostFile] = HostFile
 ) -> BlockDevice:
     """Open an image, and the files it names in its own directory."""
+
+    def open_data_file(name: str, *, writable: bool) -> HostFile:
+        return file_type.open(path.parent / name, writable=writable)
+
     file = file_type.open(path, writable=not read_only)
     try:
-        return open_image(file, OpenOptions(read_only, references_of(path.parent), snapshot))
+        return open_image(file, OpenOptions(read_only, references_of(path.parent), snapshot, None, open_data_file))
     except BaseException:
         file.close()
         raise

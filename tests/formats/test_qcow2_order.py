@@ -56,12 +56,26 @@ def _over_a_base(directory: Path) -> Path:
     return qemu_img_create(directory / "a.qcow2", SIZE, cluster_size=2048, backing_file="base", backing_fmt="raw")
 
 
+def _subclusters(directory: Path) -> Path:
+    return qemu_img_create(directory / "a.qcow2", SIZE, cluster_size=16384, extended_l2="on")
+
+
+def _subclusters_with_snapshot(directory: Path) -> Path:
+    image = _subclusters(directory)
+    qemu_io(image, "write -P 5 0 80k")
+    run("qemu-img", "snapshot", "-c", "before", str(image))
+    qemu_io(image, "write -P 6 20k 5k", "write -z 2k 3k")
+    return image
+
+
 def _work(witness: Witness, chosen: random.Random, steps: int) -> None:
     sectors = SIZE // SECTOR
     for number in range(1, steps):
         sector = chosen.randrange(sectors)
         count = min(chosen.choice((1, 2, 5, 20)), sectors - sector)
-        match chosen.randrange(5):
+        match chosen.randrange(6):
+            case 5 if number % 3 == 0:
+                witness.pack(sector, number)
             case 0:
                 witness.zero(sector, count, unmap=True)
             case 1:
@@ -111,7 +125,7 @@ def _crash_everywhere(image: Path, seed: int, *, steps: int = 35, samples: int =
     return crashes
 
 
-MAKERS = [_small, _larger, _old, _with_snapshot, _compressed, _over_a_base]
+MAKERS = [_small, _larger, _old, _with_snapshot, _compressed, _over_a_base, _subclusters, _subclusters_with_snapshot]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -163,7 +163,13 @@ class _Layout:
                 break
             self.blocks = -(-self.used // self.per_block)
         if self.table_clusters * cluster_size > MAXIMUM_REFCOUNT_TABLE:
-            raise OpenError(f"{name}: {size} bytes are too many for clusters of {cluster_size}; take larger ones")
+            raise self._too_large()
+
+    def _too_large(self) -> OpenError:
+        cluster_size = self.options.cluster_size
+        return OpenError(
+            f"{self.name}: {self.size} bytes are too many for clusters of {cluster_size}; take larger ones"
+        )
 
     def build(self) -> bytes:
         """The whole file."""

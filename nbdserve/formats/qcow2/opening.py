@@ -6,11 +6,13 @@ import os
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, Unsupported
 from nbdserve.formats import OpenOptions
+from nbdserve.formats.qcow2.bitmaps import Bitmap, BitmapTracker, bitmap_places, read_bitmaps
 from nbdserve.formats.qcow2.compression import CompressedClusters, inflater
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE, read_table
 from nbdserve.formats.qcow2.header import AUTOCLEAR_FIELD, Autoclear, Encryption, Header, Incompatible
@@ -61,19 +63,34 @@ def _open_to_read(file: HostFile, header: Header, options: OpenOptions) -> Qcow2
 def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow2Image:
     space = HostSpace(file, header.geometry)
     l1 = read_table(file, header.l1_offset, header.l1_entries)
-    space.claim(_tables(file, header, l1))
+    tracker, bitmaps = _bitmaps(file, header)
+    space.claim(_tables(file, header, l1, bitmaps))
     mapping = Mapping(space, l1, header.l1_offset, writable=True)
     kind = WritableQcow2Image if header.geometry.words == 1 else WritableSubclusterImage
     with ExitStack() as opened:
         data, backing = _open_others(file, header, options, space, opened)
-        kept = Autoclear.RAW_DATA if header.has_raw_data_file else 0
-        if header.autoclear & ~kept:
+        kept = header.autoclear & (Autoclear.RAW_DATA if header.geometry.is_external else 0)
+        if bitmaps:
+            kept |= Autoclear.BITMAPS
+        if header.autoclear != kept:
             file.write(AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))
             file.sync()
+        if tracker is not None:
+            tracker.start()
         space.start_writing()
-        image = kind(header, space, mapping, _compressed(file, header), backing, data)
+        image = kind(replace(header, autoclear=kept), space, mapping, _compressed(file, header), backing, data, tracker)
         opened.pop_all()
     return image
+
+
+def _bitmaps(file: HostFile, header: Header) -> tuple[BitmapTracker | None, list[Bitmap]]:
+    """What keeps bitmaps right, if some are switched on, and all of them; none where they are not understood."""
+    try:
+        bitmaps = read_bitmaps(file, header)
+        tracked = any(bitmap.must_track for bitmap in bitmaps)
+        return BitmapTracker(file, header, bitmaps) if tracked else None, bitmaps
+    except FormatError:
+        return None, []
 
 
 def _compressed(file: HostFile, header: Header) -> CompressedClusters:
@@ -116,7 +133,7 @@ def _lengthen(data: HostSpace, size: int) -> None:
     data.full_end = data.end & ~mask
 
 
-def _tables(file: HostFile, header: Header, l1: array[int]) -> Iterator[tuple[int, int, str]]:
+def _tables(file: HostFile, header: Header, l1: array[int], bitmaps: list[Bitmap]) -> Iterator[tuple[int, int, str]]:
     """Where all tables lie: host offset, bytes, what it is."""
     cluster_size, mask = header.geometry.cluster_size, header.geometry.offset_mask
     length = header.refcount_table_clusters << header.geometry.cluster_bits
@@ -124,6 +141,8 @@ def _tables(file: HostFile, header: Header, l1: array[int]) -> Iterator[tuple[in
     if l1:
         yield header.l1_offset, header.l1_entries * ENTRY_SIZE, "the L1 table"
     yield header.refcount_table_offset, length, "the refcount table"
+    for offset, size in bitmap_places(file, header, bitmaps):
+        yield offset, size, "a bitmap"
     snapshots, directory_size = read_snapshots(file, header)
     if snapshots:
         yield header.snapshots_offset, directory_size, "the snapshot table"

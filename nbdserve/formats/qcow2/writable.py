@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import Data, GuestOffset, HostOffset
-from nbdserve.block.file import ReadBuffer
+from nbdserve.block.file import HostFile, ReadBuffer
 from nbdserve.formats.base import Reservation
 from nbdserve.formats.qcow2.allocation import Allocator
+from nbdserve.formats.qcow2.bitmaps import BitmapTracker
 from nbdserve.formats.qcow2.compression import CompressedClusters, pack_cluster
 from nbdserve.formats.qcow2.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, ENTRY_SIZE, ZERO, read_table
 from nbdserve.formats.qcow2.header import Header
@@ -40,6 +41,7 @@ class WritableQcow2Image(Qcow2Image):
         compressed: CompressedClusters,
         backing: BlockDevice | None,
         data: HostSpace,
+        tracker: BitmapTracker | None = None,
     ) -> None:
         super().__init__(header.size, space, mapping, compressed, backing, data, read_only=False)
         self.header = header
@@ -54,6 +56,7 @@ class WritableQcow2Image(Qcow2Image):
             space, mapping, self.refcounts, self.allocator, self.pins, self._allocating, external
         )
         self._park = self.writeback.park
+        self._tracker = tracker
         self._places: Places = (
             InImage(self._geometry, self.allocator, self._park)
             if external is None
@@ -68,6 +71,19 @@ class WritableQcow2Image(Qcow2Image):
         self._zero_piece = max(1, mapping.capacity // 16) << self._table_shift
 
     # Overwriting in place
+
+    def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
+        return super().locate_writable(offset, length) if self._tracker is None else None
+
+    def touch(self, offset: int, length: int) -> None:
+        """Let bitmaps know of a change."""
+        if self._tracker is not None and length:
+            with self._allocating:
+                self._tracker.touch(offset, length)
+
+    def write(self, offset: int, data: ReadBuffer) -> None:
+        self.touch(offset, len(data))
+        super().write(offset, data)
 
     def writable_extent(self, offset: int, length: int) -> Data | None:
         table = self._mapping.table(offset >> self._table_shift)
@@ -160,7 +176,7 @@ class WritableQcow2Image(Qcow2Image):
     def write_nowait(self, offset: int, data: ReadBuffer) -> bool:
         if super().write_nowait(offset, data):
             return True
-        if self.read_only or not self._allocating.acquire(blocking=False):
+        if self._tracker is not None or not self._allocating.acquire(blocking=False):
             return False
         try:
             return self._write_fresh(offset, data)
@@ -214,6 +230,7 @@ class WritableQcow2Image(Qcow2Image):
         if self.read_only or self._is_external:
             raise self._refusal()
         size, view = self._host_cluster, memoryview(data)
+        self.touch(offset, len(data))
         assert not offset & self._cluster_mask
         assert not len(view) & self._cluster_mask or offset + len(view) == self.size
         for start in range(0, len(view), size):
@@ -265,11 +282,13 @@ class WritableQcow2Image(Qcow2Image):
     # Zeros
 
     def zero(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        self.touch(offset, length)
         for start, size in self._pieces(offset, length):
             self._flush_if_due()
             super().zero(start, size, unmap=unmap)
 
     def discard(self, offset: int, length: int) -> None:
+        self.touch(offset, length)
         for start, size in self._pieces(offset, length):
             self._flush_if_due()
             super().discard(start, size)
@@ -327,6 +346,23 @@ class WritableQcow2Image(Qcow2Image):
             after[index] = empty if drop else entry | ZERO
         return after
 
+    def give_up_from(self, offset: int) -> None:
+        """Forget all clusters from a guest offset on, a multiple of the cluster size: the disk ends before them."""
+        words = self._geometry.words
+        for key in range(offset >> self._table_shift, len(self._mapping.l1)):
+            if not self._mapping.l1[key]:
+                continue
+            self._flush_if_due()
+            with self._allocating:
+                table = self._table_for_change(key << self._table_shift)
+                first = max(0, offset - (key << self._table_shift)) >> self._cluster_bits
+                for entry in table[first * words :: words]:
+                    self._places.free(entry)
+                table[first * words :] = array("Q", bytes(ENTRY_SIZE * (len(table) - first * words)))
+                self._mapping.touch(key, first * words, len(table))
+                if not first:
+                    self._mapping.drop_table(key, self._park)
+
     # Durability
 
     def flush(self) -> None:
@@ -336,7 +372,10 @@ class WritableQcow2Image(Qcow2Image):
         if self.file.fd < 0:
             return
         try:
+            links = [] if self._tracker is None else self._tracker.add_bits(self.allocator)
             self.writeback.finish()
+            if self._tracker is not None:
+                self._tracker.finish(links)
             if self._is_external and not self.data_file.is_device and self.data_file.size > self.size:
                 self.data_file.resize(self.size)  # the last cluster may have been written to its end
         finally:
