@@ -60,6 +60,9 @@ class Recorder(HostFile):
     def zero_range(self, offset: int, length: int) -> bool:
         return False  # zeros are written instead, which is noted
 
+    def write_zeros(self, offset: int, length: int) -> None:
+        self.write(offset, bytes(length))
+
     def sync(self) -> None:
         super().sync()
         self.log.append(None)

@@ -31,6 +31,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
         run("qemu-img", "snapshot", "-c", "before", str(image))
         qemu_io(image, "write -P 4 20k 8k")
         made.append(image.read_bytes())
+    image = qemu_img_create(directory / "2.qcow2", SIZE, extended_l2="on", cluster_size=16384, lazy_refcounts="on")
+    qemu_io(image, "write -P 1 0 60k", "write -z 8k 8k", "write -c -P 2 64k 16k")
+    run("qemu-img", "bitmap", "--add", "-g", "4096", str(image), "changes")
+    run("qemu-img", "snapshot", "-c", "before", str(image))
+    qemu_io(image, "write -P 4 20k 8k")
+    made.append(image.read_bytes())
+    dirty = bytearray(made[-1])
+    dirty[79] |= 1
+    made.append(bytes(dirty))
     return made
 
 
@@ -105,7 +114,7 @@ def test_mutations(tmp_path: Path, images: list[bytes], seed: int) -> None:
     (tmp_path / "base").write_bytes(b"b" * SIZE)
     errors = []
     for _ in range(100):
-        path.write_bytes(_mutated(images[chosen.randrange(2)], chosen))
+        path.write_bytes(_mutated(chosen.choice(images), chosen))
         begun = time.monotonic()
         error = _use(path, chosen)
         assert time.monotonic() - begun < 5

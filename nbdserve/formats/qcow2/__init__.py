@@ -1,18 +1,24 @@
-"""QEMU's copy-on-write format, versions 2 and 3 (docs/interop/qcow2.rst in QEMU's source tree).
+"""qcow2, QEMU's copy-on-write format, versions 2 and 3, read and write.
 
-header        what the first cluster says, checked
-entries       the bits of table entries
-snapshots     the directory of internal snapshots
-space         the host file's clusters: how far they reach, which hold tables
-packing       refcount blocks as they lie on the disk, for every width
-refcounts     who uses which host cluster; allocation
-mapping       L1 and L2 tables
-writeback     the order in which tables reach the disk
-compression   compressed clusters
-image         the disk, for reading
-writable      the disk, for writing
-opening       a file -> an image
-create        new images
+    header, extensions    what the first cluster says, checked
+    entries               the bits of table entries
+    space                 the host file's clusters: how far they reach, which hold tables
+    refcounts, packing    who uses which host cluster
+    allocation, places    which free cluster to take; where the guest's go: the image or a data file
+    mapping               L1 and L2 tables
+    writeback             the order in which tables reach the disk, which a crash cannot break
+    compression           compressed clusters
+    image                 the disk, for reading
+    allocating, writable  the disk, for writing
+    subclusters           the same for extended L2 entries; writable_subclusters
+    opening               a file -> an image
+    repair                refcounts made anew for a dirty image
+    bitmaps               persistent bitmaps, kept right
+    snapshot_table        the directory of internal snapshots
+    snapshots, resizing   for image tools: make, apply and delete snapshots; another length
+    create, preallocation new images
+
+The specification is QEMU's docs/interop/qcow2.
 """
 
 from __future__ import annotations
@@ -26,12 +32,10 @@ if TYPE_CHECKING:
 
 
 def open_image(file: HostFile, options: OpenOptions) -> BlockDevice:
-    """Open a qcow2 image; the device owns the file and closes it.
+    """Open a qcow2 image with its backing chain; the device takes the file over.
 
     Raises:
-        FormatError: the image is damaged, or dirty and to be written.
-        Unsupported: it uses a feature that is not handled; the message names it.
-        OpenError: it has no such snapshot, or its backing file cannot be opened.
+        OpenError: with the reason in one line.
     """
     from nbdserve.formats.qcow2.opening import open_qcow2
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from nbdserve.formats.qcow2.allocation import Allocator
 from nbdserve.formats.qcow2.entries import Geometry
+from nbdserve.formats.qcow2.refcounts import Row, append_row
 from nbdserve.formats.qcow2.space import HostSpace
 
 
@@ -24,8 +25,8 @@ class Places(Protocol):
     def allocate_at_once(self, guest_cluster: int, count: int) -> int | None:
         """The first of `count` clusters in a row that read as zeros, if that needs no look at the disk."""
 
-    def free(self, entry: int) -> None:
-        """A first word of an L2 entry has lost its meaning."""
+    def free(self, *entries: int) -> None:
+        """First words of L2 entries have lost their meaning."""
 
     def cancel(self, first: int, count: int) -> None:
         """Clusters that were handed out will not be used."""
@@ -52,10 +53,15 @@ class InImage:
     def allocate_at_once(self, guest_cluster: int, count: int) -> int | None:
         return self._allocator.allocate_at_once(count)
 
-    def free(self, entry: int) -> None:
-        first, count = self._geometry.host_clusters(entry)
-        if count:
-            self._park(first, count)
+    def free(self, *entries: int) -> None:
+        rows: list[Row] = []
+        for entry in entries:
+            if entry:
+                first, count = self._geometry.host_clusters(entry)
+                if count:
+                    append_row(rows, first, count)
+        for row in rows:
+            self._park(*row)
 
     def cancel(self, first: int, count: int) -> None:
         self._park(first, count)
@@ -85,11 +91,15 @@ class InDataFile:
         is_data, length = self._data.file.data_extent(guest_cluster << self._bits, count << self._bits)
         return None if is_data or length < count << self._bits else guest_cluster
 
-    def free(self, entry: int) -> None:
-        if self._data.geometry.is_placed(entry):
-            offset, size = entry & self._data.geometry.offset_mask, self._data.geometry.cluster_size
-            if not self._data.file.punch_hole(offset, size) and self._is_raw:
-                self._data.file.write_zeros(offset, size)
+    def free(self, *entries: int) -> None:
+        rows: list[Row] = []
+        for entry in entries:
+            if self._data.geometry.is_placed(entry):
+                append_row(rows, (entry & self._data.geometry.offset_mask) >> self._bits, 1)
+        for first, count in rows:
+            offset, length = first << self._bits, count << self._bits
+            if not self._data.file.punch_hole(offset, length) and self._is_raw:
+                self._data.file.write_zeros(offset, length)
 
     def cancel(self, first: int, count: int) -> None:
         return  # they are nobody else's
