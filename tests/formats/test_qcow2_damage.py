@@ -11,7 +11,7 @@ import pytest
 from nbdserve.block import BlockDevice
 from nbdserve.errors import NbdserveError, OpenError
 from tests.formats.qcow2_images import open_qcow2
-from tests.reference import needs, qemu_img_create, qemu_io, run
+from tests.reference import needs, qemu_content, qemu_img_create, qemu_io, run
 
 pytestmark = needs("qemu-img", "qemu-io")
 
@@ -210,3 +210,44 @@ def test_damaged_compressed_data(tmp_path: Path) -> None:
 def _compressed_offset(content: bytes) -> int:
     l2 = _places(content)[3][0]
     return int.from_bytes(content[l2 : l2 + 8], "big") & ((1 << 54) - 1)
+
+
+def patched(image: Path, offset: int, number: int) -> None:
+    with image.open("r+b") as file:
+        file.seek(offset)
+        file.write(number.to_bytes(8, "big"))
+
+
+def number_at(image: Path, offset: int) -> int:
+    return int.from_bytes(image.read_bytes()[offset : offset + 8], "big")
+
+
+def test_a_damaged_entry_never_frees_a_table(tmp_path: Path) -> None:
+    image = qemu_img_create(tmp_path / "image", 8 << 20, cluster_size=4096)
+    qemu_io(image, "write -P 1 0 1M")
+    l1 = number_at(image, 40)
+    l2 = number_at(image, l1) & 0x00FFFFFFFFFFFE00
+    patched(image, l2, l1)  # guest cluster 0 claims to lie on the L1 table, shared
+    before = number_at(image, l1)
+    with open_qcow2(image) as device:
+        device.write(0, b"y" * 4096)
+        device.discard(8192, 4096)
+        device.flush()
+        device.flush()
+        for cluster in range(300, 400):
+            device.write(cluster * 4096, b"y" * 4096)
+    assert number_at(image, l1) == before
+    assert qemu_content(image, "qcow2")[4096:8192] == b"\1" * 4096
+
+
+def test_tables_that_overlap_are_not_written(tmp_path: Path) -> None:
+    image = qemu_img_create(tmp_path / "image", 8 << 20, cluster_size=4096)
+    qemu_io(image, "write -P 1 0 1M")
+    l1 = number_at(image, 40)
+    refcount_block = number_at(image, number_at(image, 48))
+    for target in (refcount_block, l1, number_at(image, l1) & 0x00FFFFFFFFFFFE00):
+        patched(image, l1 + 8, target | 1 << 63)
+        before = image.read_bytes()
+        with pytest.raises(NbdserveError, match="two tables claim"):
+            open_qcow2(image)
+        assert image.read_bytes() == before

@@ -86,7 +86,7 @@ def test_conformance(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch)
         if before:
             assert qemu_content(image, "qcow2", "-l", "before") == before
 
-    check_block_device(make, reopen, judge, examples=10)
+    check_block_device(make, reopen, judge, examples=8)
 
 
 CREATED = {
@@ -176,11 +176,11 @@ def test_compressed_clusters_are_written(
     tmp_path: Path, compression: CompressionType, cluster_size: int, bits: int
 ) -> None:
     image = tmp_path / "a.qcow2"
-    size = 3 * MIB + 512
+    size = (3 * MIB if cluster_size > 512 else 600 * KIB) + 512
     create_image(image, size, CreateOptions(cluster_size=cluster_size, compression=compression, refcount_bits=bits))
     chosen = random.Random(1)
     model = bytearray(b"".join(bytes([chosen.randrange(256)]) * 4096 for _ in range(size // 4096 + 1))[:size])
-    model[MIB : MIB + 300 * KIB] = chosen.randbytes(300 * KIB)
+    model[200 * KIB : 500 * KIB] = chosen.randbytes(300 * KIB)
     with open_qcow2(image) as device:
         assert isinstance(device, WritableQcow2Image)
         step = max(cluster_size, 256 * KIB)
@@ -217,7 +217,7 @@ def test_a_huge_disk_of_small_clusters_opens_at_once(tmp_path: Path) -> None:
     size = 64 << 40
     create_image(image, size, CreateOptions(cluster_size=16384))
     chosen = random.Random(3)
-    places = [chosen.randrange(size >> 12) << 12 for _ in range(3000)]
+    places = [chosen.randrange(size >> 12) << 12 for _ in range(1200)]
     with open_qcow2(image) as device:
         assert isinstance(device, WritableQcow2Image)
         for number, place in enumerate(places):

@@ -135,12 +135,12 @@ STEPS: dict[str, Callable[[WritableQcow2Image], object]] = {
 }
 
 
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("step", "version"),
+    [(step, version) for step in STEPS for version in (2, 3) if version == 3 or step not in ("grow", "shrink")],
+)
 def test_a_crash_in_between(tmp_path: Path, step: str, version: int) -> None:
     """After a crash the disk and its snapshots are as they were, or as they were to be."""
-    if version == 2 and step in ("grow", "shrink"):
-        pytest.skip("version 2 cannot do that with snapshots")
     image = tmp_path / "a.qcow2"
     create_image(image, 400 * KIB, CreateOptions(cluster_size=512 if version == 3 else 1024, version=version))
     with _writable(image) as device:
@@ -162,8 +162,6 @@ def test_a_crash_in_between(tmp_path: Path, step: str, version: int) -> None:
     for number, (_, content) in enumerate(remains(start, log, random.Random(1), 1)):
         crashed.write_bytes(content)
         state = _state(crashed)
-        if step == "shrink" and state != states[0]:
-            state = states[1] if _same_but_the_end(state, states[1]) else state
         assert state in states
         found.add(states.index(state))
         if number % 5:
@@ -174,7 +172,7 @@ def test_a_crash_in_between(tmp_path: Path, step: str, version: int) -> None:
             qemu_check(crashed, leaks_allowed=True)
         else:  # only flags and leaks are allowed to be wrong, which the repair finds harmless
             run("qemu-img", "check", "-q", "-r", "all", crashed)
-        assert _state(crashed) == state or step == "shrink"
+        assert _state(crashed) == state
     assert found == {0, 1}
 
 
@@ -195,10 +193,6 @@ def _has(image: Path, name: str) -> bool:
             return True
     except OpenError:
         return False
-
-
-def _same_but_the_end(one: tuple[tuple[str, bytes], ...], other: tuple[tuple[str, bytes], ...]) -> bool:
-    return len(one[0][1]) == len(other[0][1]) and one == other
 
 
 @pytest.mark.parametrize("options", [*LAYOUTS[:4], CreateOptions(cluster_size=4096, data_file="data")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import Computed, Data, HostOffset, Zero
@@ -52,6 +53,10 @@ class Qcow2Image(MappedImage):
         self._mapping = mapping
         self._compressed = compressed
         self._recent = mapping.tables.recent.get
+        self._recent_writable: Callable[[int], array[int] | None] = self._recent
+        self._overwrites = True
+        if read_only:
+            self._refuse_overwrites()
         self._table_shift = geometry.table_shift
         self._cluster_bits = geometry.cluster_bits
         self._host_cluster = geometry.cluster_size
@@ -73,6 +78,8 @@ class Qcow2Image(MappedImage):
                 and not self._is_external
             ):
                 return self.data_file, host + inside  # type: ignore[return-value]  # HostOffset() costs a call
+            if host:
+                return self._place(table, offset, length, COPIED)
         return self._locate_slowly(offset, length)
 
     def _locate_slowly(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
@@ -92,10 +99,25 @@ class Qcow2Image(MappedImage):
         return backing.locate(offset, length) if offset + length <= backing.size else None
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        if self.read_only:
-            return None
-        table = self._mapping.tables.get(offset >> self._table_shift)
+        table = self._recent_writable(offset >> self._table_shift)
+        if table is not None:
+            inside = offset & self._cluster_mask
+            host = table[offset >> self._cluster_bits & self._index_mask] ^ COPIED
+            if (
+                0 < host < self._data.full_end
+                and inside + length <= self._host_cluster
+                and not host & self._cluster_mask
+                and not self._is_external
+            ):
+                return self.data_file, host + inside  # type: ignore[return-value]  # as above
+        elif self._overwrites:
+            table = self._mapping.tables.get(offset >> self._table_shift)
         return None if table is None else self._place(table, offset, length, 0)
+
+    def _refuse_overwrites(self) -> None:
+        """Let nothing be overwritten but through write()."""
+        self._overwrites = False
+        self._recent_writable = lambda key: None
 
     def _place(self, table: array[int], offset: int, length: int, ignored: int) -> tuple[HostFile, HostOffset] | None:
         """Where the range lies if its clusters are plain, in a row, in one table, and COPIED unless that is ignored."""
@@ -132,6 +154,10 @@ class Qcow2Image(MappedImage):
         stop = min(len(table), index + (inside + length + self._cluster_mask >> self._cluster_bits))
         size = self._host_cluster
         entry = table[index]
+        host = entry & NOT_COPIED
+        if 0 < host < self._data.full_end and not host & self._cluster_mask and not self._is_external:
+            count = row_length(table, index, stop, host, size, COPIED) if inside + length > size else 1
+            return self._data_extent(host + inside, min(length, count * size - inside))
         if entry & COMPRESSED:
             return Computed(min(length, _run_of(table, index, stop, COMPRESSED, COMPRESSED) * size - inside))
         self._check(entry, offset)

@@ -58,7 +58,7 @@ class SubclusterImage(Qcow2Image):
         return super()._locate_below(offset, length)
 
     def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        if self.read_only:
+        if not self._overwrites:
             return None
         table = self._mapping.tables.get(offset >> self._table_shift)
         if table is None:

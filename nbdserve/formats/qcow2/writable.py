@@ -9,8 +9,7 @@ from array import array
 from collections.abc import Iterator
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import HostOffset
-from nbdserve.block.file import HostFile, ReadBuffer
+from nbdserve.block.file import ReadBuffer
 from nbdserve.formats.qcow2.allocating import AllocatingImage
 from nbdserve.formats.qcow2.bitmaps import BitmapTracker
 from nbdserve.formats.qcow2.compression import CompressedClusters, pack_cluster
@@ -39,6 +38,8 @@ class WritableQcow2Image(AllocatingImage):
     ) -> None:
         super().__init__(header, space, mapping, compressed, backing, data)
         self._tracker = tracker
+        if tracker is not None:
+            self._refuse_overwrites()
 
     # Every write is noted, so none may bypass this class where there is something to note
 
@@ -47,9 +48,6 @@ class WritableQcow2Image(AllocatingImage):
         if self._tracker is not None and length:
             with self._allocating:
                 self._tracker.touch(offset, length)
-
-    def locate_writable(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:
-        return super().locate_writable(offset, length) if self._tracker is None else None
 
     def write(self, offset: int, data: ReadBuffer) -> None:
         self.touch(offset, len(data))
