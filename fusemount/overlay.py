@@ -12,8 +12,8 @@ from fusemount.volumes import Warn
 from nbdserve.block import BlockDevice, HostFile
 from nbdserve.errors import OpenError
 from nbdserve.formats import probe
-from nbdserve.formats.qcow2.create import create_image
-from nbdserve.formats.qcow2.header import read_header
+from nbdserve.formats.qcow2.create import CreateOptions, create_image
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.opening import ReferencePolicy, known_format, open_image
 
 DISCARD = "discard"
@@ -53,7 +53,7 @@ def _create(overlay: str, image: str, format: str | None, policy: ReferencePolic
     beside = os.path.realpath(os.path.dirname(overlay) or ".") == os.path.realpath(os.path.dirname(image) or ".")
     name = os.path.basename(image) if beside else os.path.realpath(image)
     try:
-        create_image(overlay, size, backing=name, backing_format=_format_of(image, format))
+        create_image(overlay, size, CreateOptions(backing=name, backing_format=_format_of(image, format)))
     except OSError as error:
         raise OpenError(f"--overlay {overlay}: {error.strerror}; choose a place where files can be made") from None
 
@@ -71,7 +71,7 @@ def _format_of(image: str, format: str | None) -> str:
 def _check_belongs(overlay: str, image: str) -> None:
     file = HostFile.open(overlay, writable=False)
     try:
-        header = read_header(file)
+        header = Header.read(file)
     finally:
         file.close()
     backing = os.path.join(os.path.dirname(overlay), header.backing_name or "")

@@ -205,8 +205,14 @@ class _Chain:
                     f"{file.name}: no format was given and none recognised, so it is served as raw, and its first "
                     "sector is protected; say --format raw to lift that"
                 )
-        opener, parts = below.reference_opener(file.name), below.file_opener(file.name)
-        return name, OpenOptions(read_only, opener, snapshot, looks_like, parts)
+        return name, OpenOptions(
+            read_only,
+            below.reference_opener(file.name),
+            snapshot,
+            looks_like,
+            below.file_opener(file.name),
+            self.warn,
+        )
 
     def reference_opener(self, owner: str) -> OpenReference:
         """What opens the files that `owner`, the last of the chain, refers to."""

@@ -5,6 +5,7 @@
     file      HostFile, one open host file with positioned, thread-safe access
     window    a slice of another device (a partition, an offset)
     memory    a disk in a bytearray, the model that tests measure others against
+    tables    a bounded cache of mapping tables
     pins      keeps freed host space from being reused under those who still look at it
 
 Nothing here knows an image format, the network or trio.

@@ -13,7 +13,7 @@ import stat
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from nbdserve.errors import OpenError
 
@@ -41,6 +41,8 @@ class HostFile:
         is_device: whether it is a block device rather than a regular file.
         nowait: flags for os.preadv() that make it fail rather than wait for the disk: RWF_NOWAIT, or 0 where the file
             lies in memory (tmpfs does not know the flag).
+        may_be_sent: whether sendfile may take bytes from it. Not where space is reused in pieces of a page: pages that
+            wait in a socket would change.
     """
 
     def __init__(self, fd: int, name: str, *, writable: bool) -> None:
@@ -49,6 +51,7 @@ class HostFile:
         self.writable = writable
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = _nowait_flags(fd)
+        self.may_be_sent = True
         self._data = (0, 0)  # a range known to hold no hole; one tuple, because threads look at it without a lock
         self._syncing = threading.Lock()
         self._syncs = 0  # how many were begun; changed under the lock
@@ -180,8 +183,12 @@ class HostFile:
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether the page cache seems to hold the range, by looking at one byte in every 512 KiB and the last one.
 
-        For sendfile, which has no way to ask. A wrong yes costs one wait for the disk, no more.
+        For sendfile, which has no way to ask; so no where sendfile must not be used. A wrong yes costs one wait for the
+        disk, no more.
         """
+        return self.may_be_sent and self._is_cached(offset, length)
+
+    def _is_cached(self, offset: int, length: int) -> bool:
         probe = [bytearray(1)]
         last = offset + length - 1
         try:
@@ -196,7 +203,11 @@ class HostFile:
         """Whether a write there needs no old bytes from the disk first: whole pages, or page ends that are cached."""
         if not (offset | length) & (_PAGE - 1):
             return True
-        return self.is_cached(offset, length)
+        return self._is_cached(offset, length)
+
+    def resize(self, size: int) -> None:
+        """Set the length of a regular file; what is new reads as zeros."""
+        os.ftruncate(self.fd, size)
 
     def sync(self) -> None:
         """Return when everything written so far is on stable storage.
@@ -220,6 +231,12 @@ class HostFile:
             except OSError:
                 self._sync_failed = True
                 raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the descriptor; calling it again does nothing."""

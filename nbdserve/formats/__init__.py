@@ -57,6 +57,7 @@ class OpenOptions:
         looks_like: for raw images whose format was guessed: the probe that their first and last sectors must never
             satisfy.
         open_file: for the other files that an image consists of.
+        warn: told, in one line, of what the user should know.
     """
 
     read_only: bool
@@ -64,6 +65,7 @@ class OpenOptions:
     snapshot: str | None = None
     looks_like: Callable[[bytes, bytes], str | None] | None = None
     open_file: OpenFile = no_files
+    warn: Callable[[str], None] = lambda line: None
 
 
 def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:

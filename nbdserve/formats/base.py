@@ -63,7 +63,8 @@ class MappedImage(BlockDevice):
         self.backing = backing
         self._allocating = threading.RLock()
 
-    # What a format provides. The first two may be called at any time, the others only under the lock.
+    # What a format provides. The first two may be called at any time, the others only under the lock; a
+    # format that is only read does without those.
 
     @abstractmethod
     def lookup(self, offset: int, length: int) -> OwnExtent:
@@ -73,25 +74,25 @@ class MappedImage(BlockDevice):
         """Fill the buffer from clusters that lookup() called Computed."""
         raise AssertionError(f"{type(self).__name__} computes nothing")
 
-    @abstractmethod
     def reserve(self, offset: int, length: int) -> Reservation:
         """Set host space aside for the cluster that holds offset and for as many of those after it, up to
         offset + length, as lie in a row in the host and cannot be overwritten in place either."""
+        raise self._refusal()
 
-    @abstractmethod
     def publish(self, reservation: Reservation) -> None:
         """Let the guest clusters point to the reservation, whose data has been written."""
+        raise self._refusal()
 
-    @abstractmethod
     def cancel(self, reservation: Reservation) -> None:
         """Give a reservation back that will not be published."""
+        raise self._refusal()
 
-    @abstractmethod
     def zero_clusters(self, offset: int, length: int, *, unmap: bool) -> bool:
         """Make whole clusters read as zeros through the tables alone; False when the format cannot say so for them.
 
         offset is a multiple of cluster_size; so is length, or the range ends at the end of the device.
         """
+        raise self._refusal()
 
     def is_mapped_in_memory(self, offset: int, length: int) -> bool:
         """Whether lookup() of the range needs no table that would have to be read from the disk."""

@@ -1,12 +1,22 @@
 """qcow2, QEMU's copy-on-write format, versions 2 and 3, read and write.
 
-    header       what the first cluster says, checked once
-    entries      the bits of L1 and L2 entries
-    image        the mapping, and the order of writes that a crash cannot break
-    refcounts    which host clusters are in use; the allocator
-    compression  compressed clusters
-    snapshots    internal snapshots, to be read
-    create       new, empty images
+    header, extensions    what the first cluster says, checked
+    entries               the bits of table entries
+    space                 the host file's clusters: how far they reach, which hold tables
+    refcounts, packing    who uses which host cluster
+    allocation, places    which free cluster to take; where the guest's go: the image or a data file
+    mapping               L1 and L2 tables
+    writeback             the order in which tables reach the disk, which a crash cannot break
+    compression           compressed clusters
+    image                 the disk, for reading
+    allocating, writable  the disk, for writing
+    subclusters           the same for extended L2 entries; writable_subclusters
+    opening               a file -> an image
+    repair                refcounts made anew for a dirty image
+    bitmaps               persistent bitmaps, kept right
+    snapshot_table        the directory of internal snapshots
+    snapshots, resizing   for image tools: make, apply and delete snapshots; another length
+    create, preallocation new images
 
 The specification is QEMU's docs/interop/qcow2.
 """

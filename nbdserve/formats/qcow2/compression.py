@@ -1,75 +1,115 @@
-"""Compressed clusters -> guest bytes (QEMU, docs/interop/qcow2, section "Compressed clusters")."""
+"""Compressed clusters: finding out what they hold, remembering the last few, and making new ones.
+
+QEMU inflates with a window of 4 KiB, so nothing is deflated with a larger one.
+"""
 
 from __future__ import annotations
 
-import errno
-import sys
 import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
+from types import ModuleType
 
 from nbdserve.block.file import HostFile
-from nbdserve.formats.qcow2.entries import compressed_place
-from nbdserve.formats.qcow2.header import ZSTD
+from nbdserve.errors import Unsupported
+from nbdserve.formats.qcow2.entries import Geometry
+from nbdserve.formats.qcow2.header import CompressionType
+from nbdserve.formats.qcow2.space import damaged
 
-_REMEMBERED_BYTES = (
-    4 << 20
-)  # so that small sequential reads inflate a cluster once, and parallel readers do not compete
+_CACHE = 4 << 20  # bytes of decompressed clusters
+_MAXIMUM_WINDOW = 23  # log2 of bytes; RFC 8878 recommends that decoders support 8 MiB
+_DEFLATE_WINDOW = 12  # log2 of bytes
 
-
-def _inflate(data: bytes, size: int) -> bytes:
-    return zlib.decompressobj(-15).decompress(data, size)
-
-
-def _unpack_zstd(data: bytes, size: int) -> bytes:
-    if sys.version_info >= (3, 14):
-        from compression.zstd import ZstdDecompressor
-    else:
-        from backports.zstd import ZstdDecompressor
-
-    return bytes(ZstdDecompressor().decompress(data, size))
+Inflate = Callable[[bytearray, int], bytes]
+"""Compressed data and the most bytes wanted -> what it decompresses to; errors of any class mean damage."""
 
 
-class ClusterReader:
-    """Reads compressed clusters of one image, and remembers the latest."""
+def _inflate_zlib(data: bytearray, limit: int) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limit)
 
-    def __init__(self, file: HostFile, cluster_bits: int, compression: int) -> None:
+
+def _zstd() -> ModuleType:
+    try:
+        from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        from backports import zstd
+    module: ModuleType = zstd
+    return module
+
+
+def inflater(compression: CompressionType, name: str) -> Inflate:
+    """The decompressor of an image."""
+    if compression == CompressionType.ZLIB:
+        return _inflate_zlib
+    try:
+        zstd = _zstd()
+    except ImportError:
+        raise Unsupported(
+            f"{name}: its clusters are compressed with zstd; install the package backports.zstd"
+        ) from None
+    options = {zstd.DecompressionParameter.window_log_max: _MAXIMUM_WINDOW}
+
+    def inflate(data: bytearray, limit: int) -> bytes:
+        content: bytes = zstd.ZstdDecompressor(options=options).decompress(data, limit)
+        return content
+
+    return inflate
+
+
+def pack_cluster(compression: CompressionType, content: bytes) -> bytes:
+    """A cluster's content, compressed."""
+    if compression == CompressionType.ZLIB:
+        packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -_DEFLATE_WINDOW)
+        return packer.compress(content) + packer.flush()
+    packed: bytes = _zstd().compress(content)
+    return packed
+
+
+class CompressedClusters:
+    """Reads compressed clusters of one image; any number of threads may."""
+
+    def __init__(self, file: HostFile, geometry: Geometry, inflate: Inflate) -> None:
         self._file = file
-        self._cluster_bits = cluster_bits
-        self._unpack: Callable[[bytes, int], bytes] = _unpack_zstd if compression == ZSTD else _inflate
+        self._geometry = geometry
+        self._inflate = inflate
+        self._capacity = max(2, min(64, _CACHE // geometry.cluster_size))
+        self._recent: dict[int, bytes] = {}  # by L2 entry, the least recently used first
         self._lock = threading.Lock()
-        self._recent: OrderedDict[int, bytes] = OrderedDict()
-        self._most = max(2, _REMEMBERED_BYTES >> cluster_bits)
 
-    def read(self, entry: int) -> bytes:
-        """The guest bytes of the cluster that a compressed L2 entry points to.
+    def content(self, entry: int) -> bytes:
+        """The cluster that an L2 entry with COMPRESSED describes.
 
         Raises:
             OSError: EIO, the data is damaged or lies outside the file.
         """
         with self._lock:
-            known = self._recent.get(entry)
-            if known is not None:
-                self._recent.move_to_end(entry)
-                return known
-        content = self._read(entry)
+            content = self._recent.pop(entry, None)
+            if content is not None:
+                self._recent[entry] = content
+                return content
+        content = self._decompress(entry)
         with self._lock:
+            if len(self._recent) >= self._capacity:
+                self._recent.pop(next(iter(self._recent)))
             self._recent[entry] = content
-            while len(self._recent) > self._most:
-                self._recent.popitem(last=False)
         return content
 
-    def _read(self, entry: int) -> bytes:
-        offset, length = compressed_place(entry, self._cluster_bits)
-        size = 1 << self._cluster_bits
-        if offset < self._file.size:
-            try:
-                content = self._unpack(bytes(self._file.read(offset, length)), size)
-            except OSError:
-                raise
-            except Exception:  # each library has its own classes for damaged data
-                content = b""
-            if len(content) == size:
-                return content
-        raise OSError(errno.EIO, f"the compressed cluster at {offset} is damaged", self._file.name)
+    def forget(self, entry: int) -> None:
+        """An entry means something new: its place was used again."""
+        with self._lock:
+            self._recent.pop(entry, None)
+
+    def _decompress(self, entry: int) -> bytes:
+        offset, length = self._geometry.compressed_place(entry)
+        size = self._geometry.cluster_size
+        if offset >= self._file.size:
+            raise damaged(self._file.name, f"a compressed cluster is said to lie at {offset}, outside the file")
+        try:
+            content = self._inflate(self._file.read(offset, length), size)
+        except OSError:
+            raise
+        except Exception as error:  # zlib.error, ZstdError, EOFError
+            raise damaged(self._file.name, f"the compressed cluster at {offset} cannot be decompressed") from error
+        if len(content) != size:
+            raise damaged(self._file.name, f"the compressed cluster at {offset} is cut short")
+        return content

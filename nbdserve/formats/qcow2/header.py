@@ -1,215 +1,310 @@
-"""The qcow2 header and its extensions (QEMU, docs/interop/qcow2, sections "Header" and "Header extensions").
+"""The first cluster of an image: header, extensions, backing file's name (QEMU, docs/interop/qcow2, "Header").
 
-Everything is checked here, once, against the file's length and the caps; who holds a Header need not look again.
+Everything is checked here, once; who holds a Header need not look again. Where the tables lie is checked against the
+file's length; what stands in them is not.
+
+A header is changed field by field, each change inside one sector, so that a crash leaves the old or the new fields and
+everything that is not known here stays as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
 
-from construct import Bytes, Const, If, Int8ub, Int32ub, Int64ub, Struct, this
+from construct import Const, Int32ub, Int64ub, Struct
 
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, Unsupported
+from nbdserve.formats.qcow2.entries import ENTRY_SIZE, Geometry
+from nbdserve.formats.qcow2.extensions import Extension, feature_name, read_extensions
 
-MAGIC = b"QFI\xfb"
-V2_LENGTH = 72
-V3_LENGTH = 104
-REFCOUNT_TABLE_POINTER = 48  # where the header keeps the table's offset (64 bits) and its clusters (32 bits)
-AUTOCLEAR = 88  # and the autoclear features (64 bits)
-
-MAXIMUM_L1_BYTES = 32 << 20
-MAXIMUM_REFCOUNT_TABLE_BYTES = 8 << 20
+MAXIMUM_L1 = 32 << 20  # bytes; this and the following limits are QEMU's
+MAXIMUM_REFCOUNT_TABLE = 8 << 20  # bytes
 MAXIMUM_SNAPSHOTS = 65536
-_MAXIMUM_BACKING_NAME = 1023
-_MAXIMUM_EXTENSION = 1 << 20
+_MAXIMUM_NAME = 1023  # bytes
+_MAXIMUM_FORMAT_NAME = 255  # bytes
+_SECTOR = 512
+_SMALLEST_EXTENDED = 14  # cluster bits; a subcluster is not smaller than a sector
 
-DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
-_INCOMPATIBLE_NAMES = {DATA_FILE: "external data file", EXTENDED_L2: "extended L2 entries"}
-
-_END, _BACKING_FORMAT, _FEATURE_NAMES = 0, 0xE2792ACA, 0x6803F857
-
-ZLIB, ZSTD = 0, 1
-
-_V3_FIELDS = Struct(
-    "incompatible" / Int64ub,
-    "compatible" / Int64ub,
-    "autoclear" / Int64ub,
+FIRST_HEADER = Struct(
+    "magic" / Const(b"QFI\xfb"),
+    "version" / Int32ub,
+    "backing_file_offset" / Int64ub,
+    "backing_file_size" / Int32ub,
+    "cluster_bits" / Int32ub,
+    "size" / Int64ub,
+    "crypt_method" / Int32ub,
+    "l1_size" / Int32ub,
+    "l1_table_offset" / Int64ub,
+    "refcount_table_offset" / Int64ub,
+    "refcount_table_clusters" / Int32ub,
+    "nb_snapshots" / Int32ub,
+    "snapshots_offset" / Int64ub,
+)
+SECOND_HEADER = Struct(
+    "incompatible_features" / Int64ub,
+    "compatible_features" / Int64ub,
+    "autoclear_features" / Int64ub,
     "refcount_order" / Int32ub,
     "header_length" / Int32ub,
 )
 
-_HEADER = Struct(
-    "magic" / Const(MAGIC),
-    "version" / Int32ub,
-    "backing_name_offset" / Int64ub,
-    "backing_name_size" / Int32ub,
-    "cluster_bits" / Int32ub,
-    "size" / Int64ub,
-    "encryption" / Int32ub,
-    "l1_size" / Int32ub,
-    "l1_offset" / Int64ub,
-    "refcount_table_offset" / Int64ub,
-    "refcount_table_clusters" / Int32ub,
-    "snapshots" / Int32ub,
-    "snapshots_offset" / Int64ub,
-    "v3" / If(this.version >= 3, _V3_FIELDS),
-)
+FIRST_SIZE = FIRST_HEADER.sizeof()
+FULL_SIZE = FIRST_SIZE + SECOND_HEADER.sizeof()
 
-_EXTENSION = Struct("type" / Int32ub, "length" / Int32ub)
-_FEATURE_NAME = Struct("kind" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+# Where the fields lie that are changed.
+DISK_FIELDS = 24  # size (8 bytes), encryption (4), L1 entries (4), L1 offset (8)
+REFCOUNT_TABLE_FIELDS = 48  # offset (8), clusters (4)
+SNAPSHOT_FIELDS = 60  # count (4), offset (8)
+INCOMPATIBLE_FIELD = 72  # 8 bytes
+AUTOCLEAR_FIELD = 88  # 8 bytes
+
+
+class Incompatible(IntFlag):
+    """Features without which an image cannot be understood."""
+
+    DIRTY = 1 << 0
+    CORRUPT = 1 << 1
+    EXTERNAL_DATA = 1 << 2
+    COMPRESSION_TYPE = 1 << 3
+    EXTENDED_L2 = 1 << 4
+
+
+class Autoclear(IntFlag):
+    """Features that a writer who does not know them has to clear."""
+
+    BITMAPS = 1 << 0
+    RAW_DATA = 1 << 1
+
+
+LAZY_REFCOUNTS = 1  # a compatible feature
+
+_HANDLED = sum(Incompatible)
+
+
+class CompressionType(IntEnum):
+    """How compressed clusters are compressed."""
+
+    ZLIB = 0
+    ZSTD = 1
+
+
+class Encryption(IntEnum):
+    """How guest clusters are encrypted."""
+
+    NONE = 0
+    AES = 1
+    LUKS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header says. Offsets and sizes are in bytes, and lie inside the file.
+    """A checked header; offsets and sizes in bytes, tables in entries.
 
     Attributes:
-        l1_entries: entries of the L1 table, enough for the whole disk.
-        refcount_order: refcounts are 1 << refcount_order bits wide.
-        autoclear: feature bits that a writer which does not know them has to clear.
+        size: length of the disk.
+        incompatible: the feature bits that are set, all of them handled.
+        autoclear: features that must be cleared before the image is changed, unless they are kept right.
+        backing_name, backing_format: as the image says; None when it has no backing file, or does not say.
+        data_name: the external data file; None when the image has none, or does not say.
+        bitmaps: the extension that leads to persistent bitmaps, or None.
+        encryption_place: offset and length of the LUKS header, or None.
     """
 
     version: int
-    cluster_bits: int
+    geometry: Geometry
     size: int
     l1_offset: int
     l1_entries: int
     refcount_table_offset: int
     refcount_table_clusters: int
-    refcount_order: int
+    refcount_width: int
     snapshots: int
     snapshots_offset: int
-    incompatible: int = 0
-    autoclear: int = 0
-    compression: int = ZLIB
-    backing_name: str | None = None
-    backing_format: str | None = None
-    feature_names: dict[tuple[int, int], str] = field(default_factory=dict)
+    incompatible: Incompatible
+    autoclear: int
+    compression: CompressionType
+    encryption: Encryption
+    backing_name: str | None
+    backing_format: str | None
+    data_name: str | None
+    bitmaps: bytes | None
+    encryption_place: tuple[int, int] | None
 
     @property
-    def cluster_size(self) -> int:
-        """Bytes of a cluster."""
-        return 1 << self.cluster_bits
+    def has_raw_data_file(self) -> bool:
+        """Whether the external data file by itself shows what the guest sees."""
+        return bool(self.incompatible & Incompatible.EXTERNAL_DATA and self.autoclear & Autoclear.RAW_DATA)
+
+    @classmethod
+    def read(cls, file: HostFile) -> Header:
+        """Read and check the header of a file.
+
+        Raises:
+            FormatError: it is damaged, or the file is too short for it.
+            Unsupported: it uses a feature that is not handled.
+        """
+        start = bytes(file.read(0, min(file.size, FULL_SIZE + 8)))
+        if not start.startswith(b"QFI\xfb"):
+            raise FormatError(f"{file.name}: not a qcow2 image: no QFI signature; check the format you gave")
+        if len(start) < FIRST_SIZE:
+            raise FormatError(f"{file.name}: the file ends in the middle of the qcow2 header; it is truncated")
+        return _Reader(file, start).header()
 
 
-def l1_entries_for(size: int, cluster_bits: int) -> int:
-    """How many L1 entries a disk of `size` bytes needs."""
-    covered = cluster_bits + cluster_bits - 3  # one L2 table maps a cluster's worth of 8-byte entries
-    return -(-size >> covered)
+class _Reader:
+    """Takes the first cluster apart."""
 
-
-def read_header(file: HostFile) -> Header:
-    """Read and check the header.
-
-    Raises:
-        FormatError: it is damaged, or does not fit the file.
-        Unsupported: it uses a feature that is not handled here; the message names it.
-    """
-    name, length = file.name, file.size
-    if length < V2_LENGTH:
-        raise FormatError(f"{name}: too short for a qcow2 image ({length} bytes); the file is truncated")
-    raw = bytes(file.read(0, V3_LENGTH + 8))
-    if not raw.startswith(MAGIC):
-        raise FormatError(f"{name}: not a qcow2 image; check the format you gave")
-    fields = _HEADER.parse(raw)
-    if fields.version not in (2, 3):
-        raise Unsupported(f"{name}: qcow2 version {fields.version} is not handled; 2 and 3 are")
-    if not 9 <= fields.cluster_bits <= 21:
-        raise FormatError(f"{name}: cluster size 2^{fields.cluster_bits} is out of range; the header is damaged")
-    v3 = fields.v3
-    header_length = v3.header_length if v3 else V2_LENGTH
-    cluster_size = 1 << fields.cluster_bits
-    if v3 and not (V3_LENGTH <= header_length <= cluster_size and header_length % 8 == 0):
-        raise FormatError(f"{name}: header length {header_length} is out of range; the header is damaged")
-    if v3 and v3.refcount_order > 6:
-        raise FormatError(f"{name}: refcounts of 2^{v3.refcount_order} bits; the header is damaged")
-    backing_format, feature_names = _read_extensions(file, header_length, cluster_size)
-    if fields.encryption:
-        raise Unsupported(f"{name}: encrypted qcow2 images are not handled; decrypt it with qemu-img convert first")
-    compression = raw[V3_LENGTH] if v3 and header_length > V3_LENGTH else ZLIB
-    header = Header(
-        version=fields.version,
-        cluster_bits=fields.cluster_bits,
-        size=fields.size,
-        l1_offset=fields.l1_offset,
-        l1_entries=fields.l1_size,
-        refcount_table_offset=fields.refcount_table_offset,
-        refcount_table_clusters=fields.refcount_table_clusters,
-        refcount_order=v3.refcount_order if v3 else 4,
-        snapshots=fields.snapshots,
-        snapshots_offset=fields.snapshots_offset,
-        incompatible=v3.incompatible if v3 else 0,
-        autoclear=v3.autoclear if v3 else 0,
-        compression=compression,
-        backing_name=_read_backing_name(file, fields.backing_name_offset, fields.backing_name_size, cluster_size),
-        backing_format=backing_format,
-        feature_names=feature_names,
-    )
-    _check_features(header, name)
-    _check_places(header, name, length)
-    return header
-
-
-def _read_extensions(file: HostFile, position: int, end: int) -> tuple[str | None, dict[tuple[int, int], str]]:
-    backing_format, feature_names = None, {}
-    while position + _EXTENSION.sizeof() <= end:
-        extension = _EXTENSION.parse(bytes(file.read(position, 8)))
-        position += 8
-        if extension.type == _END:
-            break
-        if extension.length > min(end - position, _MAXIMUM_EXTENSION):
-            raise FormatError(f"{file.name}: a header extension reaches past the first cluster; the header is damaged")
-        content = bytes(file.read(position, extension.length))
-        if extension.type == _BACKING_FORMAT:
-            backing_format = content.decode("utf-8", "replace")
-        elif extension.type == _FEATURE_NAMES:
-            for at in range(0, len(content) - 47, 48):
-                feature = _FEATURE_NAME.parse(content[at : at + 48])
-                text = feature.name.rstrip(b"\0").decode("ascii", "replace")
-                feature_names[feature.kind, feature.bit] = "".join(c for c in text if c.isprintable())
-        position += -(-extension.length // 8) * 8
-    return backing_format, feature_names
-
-
-def _read_backing_name(file: HostFile, offset: int, size: int, cluster_size: int) -> str | None:
-    if size > _MAXIMUM_BACKING_NAME or offset + size > cluster_size:
-        raise FormatError(f"{file.name}: the backing file's name lies outside the header; the header is damaged")
-    name = bytes(file.read(offset, size)) if offset else b""
-    return name.decode("utf-8", "surrogateescape") or None
-
-
-def _check_features(header: Header, name: str) -> None:
-    unknown = header.incompatible & ~(DIRTY | CORRUPT | COMPRESSION)
-    for bit in range(64):
-        if unknown >> bit & 1:
-            feature = header.feature_names.get((0, bit)) or _INCOMPATIBLE_NAMES.get(1 << bit) or f"feature bit {bit}"
-            raise Unsupported(f"{name}: uses {feature}, which is not handled here; convert it with qemu-img first")
-    if header.compression not in (ZLIB, ZSTD):
-        raise Unsupported(f"{name}: compression type {header.compression} is not handled; zlib (0) and zstd (1) are")
-    if header.compression != ZLIB and not header.incompatible & COMPRESSION:
-        raise FormatError(f"{name}: the compression type is set without its feature bit; the header is damaged")
-
-
-def _check_places(header: Header, name: str, length: int) -> None:
-    """The tables lie inside the file, on cluster boundaries, and are neither too large nor too small."""
-    mask = header.cluster_size - 1
-    if header.l1_entries * 8 > MAXIMUM_L1_BYTES:
-        raise FormatError(f"{name}: the L1 table has {header.l1_entries} entries; the header is damaged")
-    if header.l1_entries < l1_entries_for(header.size, header.cluster_bits):
-        raise FormatError(f"{name}: the L1 table is too small for a disk of {header.size} bytes; the header is damaged")
-    if header.l1_entries and not header.l1_offset:
-        raise FormatError(f"{name}: the L1 table lies on the header; the header is damaged")
-    if header.l1_offset & mask or header.l1_offset + 8 * header.l1_entries > length:
-        raise FormatError(f"{name}: the L1 table at {header.l1_offset} does not lie inside the file; it is truncated")
-    table_bytes = header.refcount_table_clusters << header.cluster_bits
-    if not 0 < table_bytes <= MAXIMUM_REFCOUNT_TABLE_BYTES:
-        raise FormatError(f"{name}: a refcount table of {table_bytes} bytes; the header is damaged")
-    if header.refcount_table_offset & mask or header.refcount_table_offset + table_bytes > length + mask:
-        raise FormatError(
-            f"{name}: the refcount table at {header.refcount_table_offset} lies outside the file; it is truncated"
+    def __init__(self, file: HostFile, start: bytes) -> None:
+        self.file = file
+        self.first = FIRST_HEADER.parse(start)
+        if self.first.version not in (2, 3):
+            raise Unsupported(f"{file.name}: qcow2 version {self.first.version} is not handled; 2 and 3 are")
+        if not 9 <= self.first.cluster_bits <= 21:
+            raise self.wrong(f"announces clusters of 2^{self.first.cluster_bits} bytes; 2^9 to 2^21 are possible")
+        self.cluster_size = 1 << self.first.cluster_bits
+        self.second = self._second_header(start)
+        self.content = bytes(file.read(0, self.cluster_size))
+        end = min(self.first.backing_file_offset or self.cluster_size, self.cluster_size)
+        try:
+            self.extensions = read_extensions(self.content[:end], self.second["header_length"])
+        except ValueError as error:
+            raise self.wrong(str(error)) from None
+        self.incompatible = self._incompatible()
+        self.geometry = Geometry.of(
+            self.first.cluster_bits,
+            self.first.version,
+            extended=bool(self.incompatible & Incompatible.EXTENDED_L2),
+            external=bool(self.incompatible & Incompatible.EXTERNAL_DATA),
         )
-    if header.snapshots > MAXIMUM_SNAPSHOTS:
-        raise FormatError(f"{name}: {header.snapshots} snapshots; the header is damaged")
-    if header.snapshots and (header.snapshots_offset & mask or header.snapshots_offset >= length):
-        raise FormatError(f"{name}: the snapshot table does not lie inside the file; it is truncated")
+
+    def wrong(self, what: str) -> FormatError:
+        return FormatError(f"{self.file.name}: the qcow2 header {what}; the image is damaged")
+
+    def _second_header(self, start: bytes) -> dict[str, int]:
+        if self.first.version == 2:
+            start = start[:FIRST_SIZE] + bytes(24) + (4).to_bytes(4, "big") + FIRST_SIZE.to_bytes(4, "big")
+        elif len(start) < FULL_SIZE:
+            raise FormatError(f"{self.file.name}: the file ends in the middle of the qcow2 header; it is truncated")
+        second: dict[str, int] = SECOND_HEADER.parse(start[FIRST_SIZE:])
+        length = second["header_length"]
+        if self.first.version >= 3 and (not FULL_SIZE <= length <= self.cluster_size or length % 8):
+            raise self.wrong(f"says that it is {length} bytes long, which is not between {FULL_SIZE} and a cluster")
+        return second
+
+    def header(self) -> Header:
+        first = self.first
+        if self.second["refcount_order"] > 6:
+            raise self.wrong(f"announces refcounts of 2^{self.second['refcount_order']} bits; 64 are the most")
+        if self.geometry.words > 1 and first.cluster_bits < _SMALLEST_EXTENDED:
+            raise self.wrong(f"announces subclusters of clusters of 2^{first.cluster_bits} bytes, which are too small")
+        if self.geometry.is_external and first.nb_snapshots:
+            raise self.wrong("announces snapshots together with an external data file")
+        self._check_tables()
+        data_name = self._text(Extension.DATA_FILE, _MAXIMUM_NAME)
+        return Header(
+            version=first.version,
+            geometry=self.geometry,
+            size=first.size // _SECTOR * _SECTOR,  # what lies behind the last whole sector QEMU does not show either
+            l1_offset=first.l1_table_offset,
+            l1_entries=first.l1_size,
+            refcount_table_offset=first.refcount_table_offset,
+            refcount_table_clusters=first.refcount_table_clusters,
+            refcount_width=1 << self.second["refcount_order"],
+            snapshots=first.nb_snapshots,
+            snapshots_offset=first.snapshots_offset,
+            incompatible=self.incompatible,
+            autoclear=self.second["autoclear_features"],
+            compression=self._compression(),
+            encryption=self._encryption(),
+            backing_name=self._backing_name(),
+            backing_format=self._text(Extension.BACKING_FORMAT, _MAXIMUM_FORMAT_NAME),
+            data_name=data_name if self.geometry.is_external else None,
+            bitmaps=self.extensions.get(Extension.BITMAPS),
+            encryption_place=self._encryption_place(),
+        )
+
+    def _incompatible(self) -> Incompatible:
+        features = self.second["incompatible_features"]
+        for bit in range(64):
+            if features >> bit & 1 and not _HANDLED >> bit & 1:
+                name = feature_name(self.extensions.get(Extension.FEATURE_NAMES, b""), bit) or f"unknown feature {bit}"
+                raise Unsupported(f"{self.file.name}: the image uses {name} (incompatible bit {bit}), not handled here")
+        return Incompatible(features)
+
+    def _compression(self) -> CompressionType:
+        has_field = self.second["header_length"] > FULL_SIZE
+        method = self.content[FULL_SIZE] if has_field else 0
+        if bool(method) != bool(self.incompatible & Incompatible.COMPRESSION_TYPE):
+            raise self.wrong(f"names compression type {method}, which contradicts its feature bits")
+        if method not in tuple(CompressionType):
+            raise Unsupported(f"{self.file.name}: compression type {method} is not handled; zlib and zstd are")
+        return CompressionType(method)
+
+    def _encryption(self) -> Encryption:
+        method = self.first.crypt_method
+        if method not in tuple(Encryption):
+            raise Unsupported(f"{self.file.name}: the image is encrypted by method {method}, which is not handled")
+        return Encryption(method)
+
+    def _encryption_place(self) -> tuple[int, int] | None:
+        place = self.extensions.get(Extension.ENCRYPTION)
+        if self.first.crypt_method != Encryption.LUKS:
+            return None
+        if place is None or len(place) != 16:
+            raise self.wrong("does not say where the LUKS header lies")
+        offset, length = int.from_bytes(place[:8], "big"), int.from_bytes(place[8:], "big")
+        self._check_table("LUKS header", offset, length, MAXIMUM_L1)
+        return offset, length
+
+    def _backing_name(self) -> str | None:
+        offset, length = self.first.backing_file_offset, self.first.backing_file_size
+        if not offset:
+            return None
+        if not length or length > _MAXIMUM_NAME or offset + length > self.cluster_size:
+            raise self.wrong(f"puts a backing file name of {length} bytes at {offset}, outside the first cluster")
+        name = self.content[offset : offset + length]
+        if b"\0" in name:
+            raise self.wrong("has a backing file name with a zero byte in it")
+        return os.fsdecode(name)
+
+    def _text(self, kind: Extension, most: int) -> str | None:
+        text = self.extensions.get(kind)
+        if text is None:
+            return None
+        if len(text) > most:
+            raise self.wrong(f"has a name of {len(text)} bytes in extension {kind:#x}")
+        return os.fsdecode(text.rstrip(b"\0")) or None
+
+    def _check_tables(self) -> None:
+        first = self.first
+        if first.size >= 1 << 63 or first.l1_size < self.geometry.l1_entries(first.size):
+            raise self.wrong(f"announces a disk of {first.size} bytes but an L1 table of {first.l1_size} entries")
+        self._check_table("L1 table", first.l1_table_offset, first.l1_size * ENTRY_SIZE, MAXIMUM_L1)
+        length = first.refcount_table_clusters << first.cluster_bits
+        self._check_table("refcount table", first.refcount_table_offset, length, MAXIMUM_REFCOUNT_TABLE)
+        if not length:
+            raise self.wrong("announces no refcount table")
+        if first.nb_snapshots > MAXIMUM_SNAPSHOTS:
+            raise self.wrong(f"announces {first.nb_snapshots} snapshots; {MAXIMUM_SNAPSHOTS} are the most")
+        self._check_table("snapshot table", first.snapshots_offset, first.nb_snapshots, MAXIMUM_SNAPSHOTS)
+
+    def _check_table(self, what: str, offset: int, length: int, limit: int) -> None:
+        if length > limit:
+            raise self.wrong(f"announces a {what} of {length} bytes; {limit} are the most")
+        check_place(self.file, self.geometry, what, offset, length)
+
+
+def check_place(file: HostFile, geometry: Geometry, what: str, offset: int, length: int) -> None:
+    """Refuse a table that does not begin at a cluster behind the header, or reaches past the file's end."""
+    if not length:
+        return
+    if offset & geometry.cluster_size - 1 or not offset:
+        raise FormatError(f"{file.name}: the {what} at {offset} does not begin at a cluster; the image is damaged")
+    if offset + length > file.size:
+        raise FormatError(
+            f"{file.name}: the {what} ({length} bytes at {offset}) reaches past the file's {file.size} bytes; "
+            "the image is truncated or damaged"
+        )

@@ -1,267 +1,327 @@
-"""Refcounts: which host clusters are in use, and the allocator (QEMU, docs/interop/qcow2, "Host cluster management").
+"""Who uses which host cluster (QEMU, docs/interop/qcow2, "Host cluster management").
 
-Everything here happens in memory, under the image's allocation lock; the image's flush() brings it to the disk, in the
-order told in image.py. A new refcount block always describes itself, and a table that grows lies in clusters that new
-blocks describe, so no write to an existing block has to come before they are linked.
+The rules this file keeps, so that the order in writeback.py is enough to survive a crash:
 
-Reuse. A cluster that was in use before, or that a crash has left behind, is handed out only after a hole was punched
-there: then it reads as zeros, and replies still under way keep the old pages (HostFile.punch_hole). Where the host
-cannot punch, or clusters are smaller than a page, space is only ever taken from the end.
+- A refcount in memory is never below the number of references on the disk. It is raised when a cluster is allocated or
+  shared, and lowered only by release(), which is called once nothing on the disk refers to the cluster and nobody looks
+  at it. So a block of refcounts may be written at any time.
+- A new block of refcounts lies in the first cluster that it describes, and a table that grows behind the new blocks
+  that describe it, so that no block which is on the disk has to change before they are linked.
+
+Which cluster to take is the business of allocation.py. All methods are called under the image's allocation lock.
 """
 
 from __future__ import annotations
 
 import errno
-import sys
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 
-from nbdserve.block.file import HostFile
-from nbdserve.formats.qcow2.entries import build_table, parse_table
-from nbdserve.formats.qcow2.header import MAXIMUM_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_POINTER, Header
+from nbdserve.block.tables import TableCache
+from nbdserve.formats.qcow2.entries import ENTRY_SIZE, table_bytes
+from nbdserve.formats.qcow2.header import MAXIMUM_REFCOUNT_TABLE, REFCOUNT_TABLE_FIELDS
+from nbdserve.formats.qcow2.packing import empty_block, pack_block, unpack_block
+from nbdserve.formats.qcow2.space import HostSpace, damaged
 
-_PAGE = 4096
-_CACHED_BYTES = 16 << 20
-_TYPECODES = "BBBBHIQ"  # by refcount order; counts of less than a byte are unpacked to one each
+_CACHE = 8 << 20  # bytes of refcount blocks in memory, besides changed ones
+
+Row = tuple[int, int]
+"""Host clusters in a row: the first and how many."""
+
+Write = tuple[int, bytes]
+"""A host offset and what belongs there."""
 
 
-@dataclass
+@dataclass(slots=True)
 class RefcountChanges:
-    """What a flush has to write, copied at one moment.
+    """What has changed since the last time: block numbers with the entries concerned, and table entries."""
 
-    Attributes:
-        content: (offset, bytes) of blocks, and of a table in a new place.
-        pointers: (offset, bytes) of table entries, or of the header's pointer to the new table; to be written only
-            when `content` is on stable storage.
-        blocks, entries, moved: what was dirty, to be marked again if the flush fails.
-    """
-
-    content: list[tuple[int, bytes]] = field(default_factory=list)
-    pointers: list[tuple[int, bytes]] = field(default_factory=list)
-    blocks: set[int] = field(default_factory=set)
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     entries: set[int] = field(default_factory=set)
     moved: bool = False
 
+    def add(self, other: RefcountChanges) -> None:
+        """Take up what another set says."""
+        for index, (low, high) in other.spans.items():
+            self.touch(index, low, high)
+        self.entries |= other.entries
+        self.moved |= other.moved
+
+    def touch(self, index: int, low: int, high: int) -> None:
+        """Entries low to high of a block have changed."""
+        before = self.spans.get(index)
+        self.spans[index] = (low, high) if before is None else (min(low, before[0]), max(high, before[1]))
+
 
 class Refcounts:
-    """The refcounts of one image that is open for writing.
+    """The refcounts of an image that is being written.
 
     Args:
-        metadata: clusters that hold tables; never handed out, whatever their refcount says. Shared with the image.
+        width: bits of a refcount, a power of two up to 64.
+        table, table_offset: the refcount table, its entries checked, and where it lies in bytes.
 
     Attributes:
-        end: bytes; everything in use lies before it.
-        outgrown: (first cluster, clusters) of former refcount tables, to be freed once they are no longer linked.
-        is_warm: something was allocated already, so the next allocation will hardly need the disk.
+        capacity: how many blocks are kept in memory, besides changed ones.
+        per_block: refcounts in a block.
+        maximum: the highest refcount.
     """
 
-    def __init__(self, file: HostFile, header: Header, metadata: set[int]) -> None:
-        self._file = file
-        self._bits = header.cluster_bits
-        self._size = header.cluster_size
-        self._order = header.refcount_order
-        self._per_block = self._size * 8 >> self._order
-        self._metadata = metadata
-        self._table_offset = header.refcount_table_offset
-        raw = file.read(self._table_offset, header.refcount_table_clusters << self._bits)
-        self._table = parse_table(raw)
-        self._blocks: dict[int, array[int]] = {}
-        self._dirty_blocks: set[int] = set()
-        self._dirty_entries: set[int] = set()
-        self._moved = False
-        self._busy: set[int] = set()
-        self.end = -(-file.size // self._size) * self._size
-        self._zero_from = self.end >> self._bits  # clusters from here on were never written
-        self._append_only = self._size < _PAGE
-        self._hint = self._zero_from if self._append_only else 0
-        self.is_warm = False
-        self.outgrown: list[tuple[int, int]] = []
+    def __init__(self, space: HostSpace, width: int, table: array[int], table_offset: int) -> None:
+        self._space = space
+        self._bits = space.geometry.cluster_bits
+        self._width = width
+        self.per_block = space.geometry.cluster_size * 8 // width
+        self.maximum = (1 << width) - 1
+        self._table = table
+        self._table_offset = table_offset
+        self.capacity = max(4, _CACHE // (self.per_block * max(8, width) // 8))
+        self._blocks: TableCache[array[int]] = TableCache(self.capacity)
+        self._changes = RefcountChanges()
+        self._outgrown: list[Row] = []
 
-    def block_offsets(self) -> list[int]:
-        """Where the refcount blocks lie, in bytes."""
-        return [offset for offset in self._table if offset]
+    # Blocks
 
-    # Allocating
+    def block(self, index: int) -> array[int] | None:
+        """The block with this number; None where there is none, which means refcounts of 0."""
+        if index >= len(self._table) or not self._table[index]:
+            return None
+        return self._blocks.get_or_load(index, self._load)
 
-    def allocate(self, wanted: int) -> tuple[int, int]:
-        """Take up to `wanted` clusters in a row, which read as zeros: the first one's number, and how many."""
-        cluster = self._hint
-        while True:
-            index, start = divmod(cluster, self._per_block)
-            block = self._block(index)
-            if block is None:
-                self._add_block(index, cluster)
-                continue
-            try:
-                start = block.index(0, start)
-            except ValueError:
-                cluster = (index + 1) * self._per_block
-                continue
-            cluster = index * self._per_block + start
-            most = min(wanted, self._per_block - start)
-            if cluster < self._zero_from:
-                most = min(most, self._zero_from - cluster)
-            count = 1
-            while count < most and not block[start + count]:
-                count += 1
-            if any(taken in self._metadata for taken in range(cluster, cluster + count)):
-                raise self._damaged(f"cluster {cluster} is counted as free, but holds a table")
-            if cluster < self._zero_from and not self._make_reusable(cluster, count):
-                cluster = self._hint
-                continue
-            self._take(index, start, count)
-            return cluster, count
+    def is_at_hand(self, index: int) -> bool:
+        """Whether block() needs no look at the disk."""
+        return self._blocks.get(index) is not None
 
-    def _take(self, index: int, start: int, count: int) -> None:
-        block = self._blocks[index]
-        block[start : start + count] = array(block.typecode, [1]) * count
-        self._dirty_blocks.add(index)
-        after = index * self._per_block + start + count
-        self._hint = after
-        self._zero_from = max(self._zero_from, after)
-        self.end = max(self.end, after << self._bits)
-        self.is_warm = True
+    def _load(self, index: int) -> array[int]:
+        content = self._space.file.read(self._table[index], self._space.geometry.cluster_size)
+        return unpack_block(self._width, content)
 
-    def _make_reusable(self, cluster: int, count: int) -> bool:
-        """Punch a hole where clusters are to be used again; if the host cannot, take space from the end from now on."""
-        if not self._append_only and self._file.punch_hole(cluster << self._bits, count << self._bits):
-            return True
-        self._append_only = True
-        self._hint = self._zero_from
-        return False
+    def _changed(self, index: int, low: int, high: int) -> array[int]:
+        """A block of which entries low to high are about to be changed."""
+        if index not in self._changes.spans:
+            self._blocks.pin(index, self._load)
+        self._changes.touch(index, low, high)
+        return self._blocks.pinned[index]
 
-    def _block(self, index: int) -> array[int] | None:
-        """The refcount block, read if need be; None where there is none yet."""
-        block = self._blocks.get(index)
-        if block is None and index < len(self._table) and self._table[index]:
-            offset = self._table[index]
-            if offset & (self._size - 1) or offset >= self.end:
-                raise self._damaged(f"refcount block {index} at {offset} does not lie inside the file")
-            self._evict()
-            block = self._blocks[index] = self._parse(self._file.read(offset, self._size))
-        return block
+    def parts(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """A row of clusters as block numbers and entries from, to."""
+        end = first + count
+        while first < end:
+            index, low = divmod(first, self.per_block)
+            high = min(self.per_block, low + end - first)
+            yield index, low, high
+            first += high - low
 
-    def _evict(self) -> None:
-        if len(self._blocks) << self._bits < _CACHED_BYTES:
-            return
-        for index in list(self._blocks):
-            if index not in self._dirty_blocks and index not in self._busy:
-                del self._blocks[index]
-                return
+    def zeros(self, first: int, most: int) -> int:
+        """How many clusters in a row from `first` on have a refcount of 0, within its block and `most`."""
+        index, low = divmod(first, self.per_block)
+        block = self.block(index)
+        if block is None:
+            return 0
+        most = min(most, self.per_block - low)
+        if block[low : low + most] == array(block.typecode, bytes(block.itemsize * most)):
+            return most
+        count = 0
+        while count < most and not block[low + count]:
+            count += 1
+        return count
 
-    def _add_block(self, index: int, cluster: int) -> None:
-        """Describe clusters that no block describes yet: a new block, in the first of them that may be taken."""
+    def refcount(self, cluster: int) -> int:
+        """The refcount of a cluster."""
+        index, position = divmod(cluster, self.per_block)
+        block = self.block(index)
+        return 0 if block is None else block[position]
+
+    # Changing refcounts
+
+    def take(self, first: int, count: int) -> None:
+        """Clusters with refcounts of 0, all of one block, are in use from now on."""
+        index, low = divmod(first, self.per_block)
+        block = self._changed(index, low, low + count)
+        block[low : low + count] = array(block.typecode, (1,)) * count
+
+    def share(self, first: int, count: int) -> None:
+        """Clusters have one more reference.
+
+        Raises:
+            OSError: EOVERFLOW, refcounts of this width cannot hold that; EIO, a cluster was not in use.
+        """
+        for index, low, high in self.parts(first, count):
+            block = self.block(index)
+            if block is None or not all(block[low:high]):
+                raise damaged(self._space.file.name, f"host cluster {first} is used, but its refcount is 0")
+            if max(block[low:high]) >= self.maximum:
+                raise OSError(
+                    errno.EOVERFLOW,
+                    f"a cluster would have more references than its refcount of {self._width} bits can count",
+                    self._space.file.name,
+                )
+            block = self._changed(index, low, high)
+            for position in range(low, high):
+                block[position] += 1
+
+    def release(self, first: int, count: int) -> list[Row]:
+        """Lower the refcounts of clusters by one; return those that are free now, each row within one block."""
+        freed: list[Row] = []
+        for index, low, high in self.parts(first, count):
+            block = self.block(index)
+            if block is not None:
+                freed += self._release_part(index, block, low, high)
+        return freed
+
+    def _release_part(self, index: int, block: array[int], low: int, high: int) -> list[Row]:
+        base = index * self.per_block
+        ones = array(block.typecode, (1,)) * (high - low)
+        if block[low:high] == ones and not self._space.holds_table(base + low, high - low):
+            self._changed(index, low, high)[low:high] = array(block.typecode, bytes(block.itemsize * (high - low)))
+            return [(base + low, high - low)]
+        freed: list[Row] = []
+        block = self._changed(index, low, high)
+        for position in range(low, high):
+            # A table that is shared loses a sharer like any cluster, but only who owns it may give it up.
+            if block[position] > 1 or (block[position] and not self._space.holds_table(base + position)):
+                block[position] -= 1
+                if not block[position]:
+                    append_row(freed, base + position, 1)
+        return freed
+
+    # New blocks
+
+    def add_block(self, index: int) -> None:
+        """Make the block with this number, which there was not; it lies in the first cluster it describes."""
         if index >= len(self._table):
             self._grow_table(index)
             return
-        self._blocks[index] = self._empty_block()
-        self._table[index] = cluster << self._bits
-        self._metadata.add(cluster)
-        self._dirty_entries.add(index)
-        self._take(index, cluster - index * self._per_block, 1)
+        self._make_room(index * self.per_block, 1)
+        self._link_block(index, index * self.per_block, used=1)
 
-    def _grow_table(self, index: int) -> None:
-        """Move the table to the end of the file, twice as large, into clusters of new blocks that hold it as well."""
-        per_cluster = self._size // 8
-        first = index * self._per_block
+    def _make_room(self, first: int, count: int) -> None:
+        if self._space.holds_table(first, count):
+            raise damaged(self._space.file.name, f"host cluster {first} holds a table but has no refcount")
+        self._space.reach(first + count << self._bits)
+
+    def _link_block(self, index: int, cluster: int, used: int) -> None:
+        """Put an empty block with `used` clusters taken at its beginning into a cluster."""
+        block = empty_block(self._width, self.per_block)
+        block[:used] = array(block.typecode, (1,)) * used
+        self._blocks.pin(index, lambda _: block)
+        self._changes.touch(index, 0, self.per_block)
+        self._table[index] = cluster << self._bits
+        self._changes.entries.add(index)
+        self._space.add_table(cluster, 1)
+
+    def add_row(self, index: int, count: int) -> int:
+        """Take `count` clusters in a row that no block describes yet, behind the new blocks that describe them.
+
+        Args:
+            index: the first block that is to be new.
+        """
+        while index < len(self._table) and self._table[index]:
+            index += 1
+        blocks = -(-count // (self.per_block - 1))
+        while index + blocks > len(self._table):
+            index = self._grow_table(index)
+        first = index * self.per_block
+        self._make_room(first, blocks + count)
+        self._link_blocks(index, blocks, count)
+        return first + blocks
+
+    def _link_blocks(self, index: int, blocks: int, count: int) -> None:
+        """New blocks, the first things they describe, and `count` clusters in use behind them."""
+        for number in range(blocks):
+            used = min(self.per_block, blocks + count - number * self.per_block)
+            self._link_block(index + number, index * self.per_block + number, used)
+
+    def _grow_table(self, index: int) -> int:
+        """Move the table to where the first block that it has no room for belongs, behind that and the blocks it needs.
+
+        All clusters from there on are free, because no block describes them. Returns the block to come next.
+        """
+        start = index * self.per_block
+        blocks, clusters = self._room_for_table(index)
+        self._make_room(start, blocks + clusters)
+        grown = array("Q", bytes(clusters << self._bits))
+        grown[: len(self._table)] = self._table
+        old = self._table_offset >> self._bits, (len(self._table) * ENTRY_SIZE) >> self._bits
+        self._table, self._table_offset = grown, start + blocks << self._bits
+        self._link_blocks(index, blocks, clusters)
+        self._space.add_table(start + blocks, clusters)
+        self._space.remove_table(*old)
+        self._outgrown.append(old)
+        self._changes.moved = True
+        return index + blocks
+
+    def _room_for_table(self, index: int) -> tuple[int, int]:
+        """How many blocks describe a larger table and themselves, and how many clusters that table has."""
+        cluster_size = self._space.geometry.cluster_size
         blocks = 1
         while True:
-            clusters = -(-max(2 * len(self._table), index + blocks + 1) // per_cluster)
-            needed = -(-(blocks + clusters) // self._per_block)
+            entries = max(index + blocks + 1, len(self._table) * 3 // 2)
+            entries = max(min(entries, MAXIMUM_REFCOUNT_TABLE // ENTRY_SIZE), index + blocks)
+            clusters = -(-entries * ENTRY_SIZE // cluster_size)
+            if clusters * cluster_size > MAXIMUM_REFCOUNT_TABLE:
+                raise OSError(
+                    errno.EFBIG, "the refcount table cannot grow further; use larger clusters", self._space.file.name
+                )
+            needed = -(-(blocks + clusters) // self.per_block)
             if needed <= blocks:
-                break
+                return blocks, clusters
             blocks = needed
-        if clusters << self._bits > MAXIMUM_REFCOUNT_TABLE_BYTES:
-            raise OSError(errno.EFBIG, "the image has reached its largest possible size", self._file.name)
-        old = (self._table_offset >> self._bits, len(self._table) // per_cluster)
-        self._table.extend(array("Q", bytes(8 * (clusters * per_cluster - len(self._table)))))
-        for each in range(blocks):
-            self._table[index + each] = (first + each) << self._bits
-            self._blocks[index + each] = self._empty_block()
-        for taken in range(blocks + clusters):
-            self._metadata.add(first + taken)
-            self._take(index + taken // self._per_block, taken % self._per_block, 1)
-        self._table_offset = (first + blocks) << self._bits
-        self._moved = True
-        self.outgrown.append(old)
 
-    # Freeing
+    # Writing back, see writeback.py
 
-    def decrement(self, cluster: int) -> None:
-        """One reference less; at none the cluster may be handed out again."""
-        index, start = divmod(cluster, self._per_block)
-        block = self._block(index)
-        if block is None or not block[start]:
-            return  # the image's counts were wrong before: leave it to qemu-img check
-        block[start] -= 1
-        self._dirty_blocks.add(index)
-        if not block[start]:
-            self._metadata.discard(cluster)
-            if not self._append_only:
-                self._hint = min(self._hint, cluster)
+    @property
+    def changed_blocks(self) -> int:
+        """How many blocks differ from the disk."""
+        return len(self._changes.spans)
 
-    # Writing back
+    def take_outgrown(self) -> list[Row]:
+        """Clusters of refcount tables to which nothing leads once all changes are on the disk."""
+        outgrown, self._outgrown = self._outgrown, []
+        return outgrown
 
-    def changes(self) -> RefcountChanges:
-        """Copy what is dirty, and mark it clean."""
-        result = RefcountChanges(blocks=self._dirty_blocks, entries=self._dirty_entries, moved=self._moved)
-        result.content = [(self._table[index], self._build(self._blocks[index])) for index in sorted(result.blocks)]
-        if self._moved:
-            content = build_table(self._table)
-            result.content.append((self._table_offset, content))
-            pointer = self._table_offset.to_bytes(8, "big") + (len(content) >> self._bits).to_bytes(4, "big")
-            result.pointers.append((REFCOUNT_TABLE_POINTER, pointer))
-        else:
-            result.pointers = [
-                (self._table_offset + 8 * index, self._table[index].to_bytes(8, "big"))
-                for index in sorted(self._dirty_entries)
-            ]
-        self._busy = result.blocks
-        self._dirty_blocks, self._dirty_entries, self._moved = set(), set(), False
-        return result
+    def take_changes(self) -> RefcountChanges:
+        """What has changed since the last call; from now on the caller's to write, or to give back."""
+        changes, self._changes = self._changes, RefcountChanges()
+        return changes
 
-    def settle(self, changes: RefcountChanges, *, failed: bool) -> None:
-        """A flush has ended: what it could not write is dirty again."""
-        self._busy = set()
-        if failed:
-            self._dirty_blocks |= changes.blocks
-            self._dirty_entries |= changes.entries
-            self._moved |= changes.moved
+    def give_back(self, changes: RefcountChanges) -> None:
+        """Changes did not reach the disk."""
+        self._changes.add(changes)
 
-    # Blocks of 1 to 64 bits a refcount
+    def settle(self, changes: RefcountChanges) -> None:
+        """Changes are on the disk: their blocks need no longer be kept."""
+        for index in changes.spans.keys() - self._changes.spans.keys():
+            self._blocks.unpin(index)
 
-    def _empty_block(self) -> array[int]:
-        return array(_TYPECODES[self._order], bytes(self._per_block << max(0, self._order - 3)))
+    def contents(self, changes: RefcountChanges) -> list[Write]:
+        """The blocks to write, and the table if it has moved: nothing on the disk points to what is new of these."""
+        writes = [self._block_content(index, *span) for index, span in changes.spans.items()]
+        if changes.moved:
+            writes.append((self._table_offset, table_bytes(self._table)))
+        return writes
 
-    def _parse(self, raw: bytearray) -> array[int]:
-        if self._order < 3:
-            return array("B", b"".join(_unpacked(self._order)[byte] for byte in raw))
-        block = array(_TYPECODES[self._order])
-        block.frombytes(raw)
-        if sys.byteorder == "little":
-            block.byteswap()
-        return block
+    def _block_content(self, index: int, low: int, high: int) -> Write:
+        per_byte = max(1, 8 // self._width)
+        low, high = low // per_byte * per_byte, -(-high // per_byte) * per_byte
+        return self._table[index] + low * self._width // 8, pack_block(
+            self._width, self._blocks.pinned[index][low:high]
+        )
 
-    def _build(self, block: array[int]) -> bytes:
-        if self._order < 3:
-            bits, per_byte = 1 << self._order, 8 >> self._order
-            return bytes(
-                sum(count << bits * place for place, count in enumerate(block[at : at + per_byte]))
-                for at in range(0, len(block), per_byte)
-            )
-        swapped = block[:]
-        if sys.byteorder == "little":
-            swapped.byteswap()
-        return swapped.tobytes()
-
-    def _damaged(self, what: str) -> OSError:
-        return OSError(errno.EIO, f"{what}; run qemu-img check -r all on the image", self._file.name)
+    def links(self, changes: RefcountChanges) -> list[Write]:
+        """What makes the new blocks, or the moved table, known."""
+        if changes.moved:
+            clusters = len(self._table) * ENTRY_SIZE >> self._bits
+            return [(REFCOUNT_TABLE_FIELDS, self._table_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))]
+        return [
+            (self._table_offset + index * ENTRY_SIZE, self._table[index].to_bytes(ENTRY_SIZE, "big"))
+            for index in sorted(changes.entries)
+        ]
 
 
-@cache
-def _unpacked(order: int) -> list[bytes]:
-    """For every byte the refcounts in it, the lowest bits first."""
-    bits, per_byte = 1 << order, 8 >> order
-    mask = (1 << bits) - 1
-    return [bytes(byte >> bits * place & mask for place in range(per_byte)) for byte in range(256)]
+def append_row(rows: list[Row], first: int, count: int) -> None:
+    """Add clusters to a list of rows, to the last row where they continue it."""
+    if rows and sum(rows[-1]) == first:
+        rows[-1] = (rows[-1][0], rows[-1][1] + count)
+    else:
+        rows.append((first, count))

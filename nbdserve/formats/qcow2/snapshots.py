@@ -1,92 +1,242 @@
-"""Internal snapshots: reading their table (QEMU, docs/interop/qcow2, section "Snapshots")."""
+"""Internal snapshots: make, apply and delete them (QEMU, docs/interop/qcow2, "Snapshots").
+
+A snapshot is a copy of the L1 table; everything it leads to has one more reference. The order kept here, each step on
+stable storage before the next:
+
+    1   the image is marked as dirty (version 3): whoever opens it after a crash makes the refcounts anew (repair.py)
+    2   references that are to come are counted, and new tables written to new places
+    3   one write inside one sector of the header lets the new state be the one that counts
+    4   references that are gone are subtracted, and COPIED says again whose refcount is 1
+    5   the mark is taken away
+
+So guest, snapshots and their contents are at every moment those of before or of after. Version 2 has no mark; there a
+crash leaves refcounts that are too high, or COPIED where it does not belong, never the opposite of either.
+
+Nobody else may use the image meanwhile: these functions are for image tools, not for a disk that is being served.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
-from construct import Int16ub, Int32ub, Int64ub, Struct
-
-from nbdserve.block.file import HostFile
-from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats.qcow2.header import MAXIMUM_L1_BYTES, Header, l1_entries_for
-
-_MAXIMUM_TABLE = 64 << 20  # bytes; as QEMU
-_MAXIMUM_EXTRA = 1024
-
-_ENTRY = Struct(
-    "l1_offset" / Int64ub,
-    "l1_entries" / Int32ub,
-    "id_size" / Int16ub,
-    "name_size" / Int16ub,
-    "seconds" / Int32ub,
-    "nanoseconds" / Int32ub,
-    "vm_clock" / Int64ub,
-    "vm_state_size" / Int32ub,
-    "extra_size" / Int32ub,
+from nbdserve.errors import OpenError
+from nbdserve.formats.qcow2.entries import COMPRESSED, COPIED, ENTRY_SIZE, NOT_COPIED, read_table, table_bytes
+from nbdserve.formats.qcow2.header import (
+    INCOMPATIBLE_FIELD,
+    MAXIMUM_SNAPSHOTS,
+    SNAPSHOT_FIELDS,
+    Autoclear,
+    Incompatible,
 )
+from nbdserve.formats.qcow2.repair import table_rows
+from nbdserve.formats.qcow2.resizing import write_disk_fields
+from nbdserve.formats.qcow2.snapshot_table import Snapshot, build_snapshots, find_snapshot, read_snapshots
+from nbdserve.formats.qcow2.writable import WritableQcow2Image
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One internal snapshot: its names, the L1 table it keeps, and the size of the disk at that time, in bytes."""
-
-    id: str
-    name: str
-    l1_offset: int
-    l1_entries: int
-    size: int
+def list_snapshots(image: WritableQcow2Image) -> list[Snapshot]:
+    """The snapshots of an image, the oldest first."""
+    return read_snapshots(image.file, image.header)[0]
 
 
-def read_snapshots(file: HostFile, header: Header) -> tuple[list[Snapshot], int]:
-    """The snapshots, and where their table ends in the file.
+def create_snapshot(image: WritableQcow2Image, name: str) -> Snapshot:
+    """Keep the present state of the disk under a name.
 
     Raises:
-        FormatError: the table or an entry does not lie inside the file.
+        OpenError: the image cannot have (more) snapshots.
+        OSError: from the host, or a refcount cannot count one more reference.
     """
-    found = []
-    position, length = header.snapshots_offset, file.size
-    for _ in range(header.snapshots):
-        if position + _ENTRY.sizeof() > length or position - header.snapshots_offset > _MAXIMUM_TABLE:
-            raise FormatError(f"{file.name}: the snapshot table does not lie inside the file; the image is damaged")
-        entry = _ENTRY.parse(bytes(file.read(position, _ENTRY.sizeof())))
-        if entry.extra_size > _MAXIMUM_EXTRA:
-            raise FormatError(f"{file.name}: a snapshot has {entry.extra_size} bytes of extra data; it is damaged")
-        position += _ENTRY.sizeof()
-        extra = bytes(file.read(position, entry.extra_size))
-        position += entry.extra_size
-        names = bytes(file.read(position, entry.id_size + entry.name_size))
-        position += len(names)
-        position += -position % 8  # entries begin at multiples of eight; the table's own offset is one
-        size = int.from_bytes(extra[8:16], "big") if len(extra) >= 16 else header.size
-        found.append(
-            Snapshot(
-                id=names[: entry.id_size].decode("utf-8", "replace"),
-                name=names[entry.id_size :].decode("utf-8", "replace"),
-                l1_offset=entry.l1_offset,
-                l1_entries=entry.l1_entries,
-                size=size,
-            )
+    file, snapshots = image.file, list_snapshots(image)
+    if image.header.geometry.is_external:
+        raise OpenError(f"{file.name}: images with an external data file cannot have internal snapshots")
+    if image.refcounts.maximum < 2:
+        raise OpenError(f"{file.name}: refcounts of one bit leave no room for snapshots; convert the image first")
+    if len(snapshots) >= MAXIMUM_SNAPSHOTS:
+        raise OpenError(f"{file.name}: has {len(snapshots)} snapshots, which are the most; delete some first")
+    with _dirty(image):
+        _share(image, image.mapping.l1)
+        l1 = _without_copied(image)
+        l1_offset = _write_row(image, table_bytes(l1))
+        now = time.time_ns()
+        snapshot = Snapshot(
+            id=str(1 + max((int(each.id) for each in snapshots if each.id.isdecimal()), default=0)),
+            name=name,
+            l1_offset=l1_offset,
+            l1_entries=len(l1),
+            size=image.size,
+            seconds=now // 10**9 & 0xFFFFFFFF,
+            nanoseconds=now % 10**9,
         )
-    return found, position
+        _publish_table(image, [*snapshots, snapshot])
+    return snapshot
 
 
-def find_snapshot(snapshots: list[Snapshot], wanted: str, file: HostFile, header: Header) -> Snapshot:
-    """The snapshot with this ID or, if there is none, this name; its L1 table is checked.
+def apply_snapshot(image: WritableQcow2Image, wanted: str) -> None:
+    """Let the disk be as it was when a snapshot (by ID or name) was made; what it holds now is given up.
 
     Raises:
-        OpenError: there is none; the message lists those there are.
-        FormatError: its L1 table does not fit the file or the disk.
+        OpenError: there is no such snapshot.
+        OSError: from the host.
     """
-    chosen = [each for each in snapshots if each.id == wanted] or [each for each in snapshots if each.name == wanted]
-    if not chosen:
-        names = ", ".join(f"{each.name} (ID {each.id})" for each in snapshots) or "none"
-        raise OpenError(f"{file.name}: no snapshot {wanted!r}; it has: {names}")
-    snapshot = chosen[0]
-    if (
-        snapshot.l1_offset & (header.cluster_size - 1)
-        or 8 * snapshot.l1_entries > MAXIMUM_L1_BYTES
-        or snapshot.l1_offset + 8 * snapshot.l1_entries > file.size
-        or snapshot.l1_entries < l1_entries_for(snapshot.size, header.cluster_bits)
-    ):
-        raise FormatError(f"{file.name}: the L1 table of snapshot {wanted!r} is damaged")
-    return snapshot
+    file = image.file
+    snapshot = find_snapshot(file, image.header, list_snapshots(image), wanted)
+    if snapshot.size != image.size and image.header.autoclear & Autoclear.BITMAPS:
+        raise OpenError(f"{file.name}: has persistent bitmaps of another length than the snapshot; remove them first")
+    with _dirty(image):
+        kept = read_table(file, snapshot.l1_offset, snapshot.l1_entries)
+        _share(image, kept)
+        l1 = array("Q", (entry & NOT_COPIED for entry in kept))
+        l1_offset = _write_row(image, table_bytes(l1))
+        old, old_offset = image.mapping.l1, image.mapping.l1_offset
+        image.mapping.replace_l1(l1, l1_offset)
+        write_disk_fields(image, snapshot.size)
+        image.touch(0, image.size)
+        image.size = snapshot.size
+        _drop(image, old)
+        _free_tables(image, old_offset, len(old) * ENTRY_SIZE)
+
+
+def delete_snapshot(image: WritableQcow2Image, wanted: str) -> None:
+    """Forget a snapshot (by ID or name); space that nobody else uses is free again.
+
+    Raises:
+        OpenError: there is no such snapshot.
+        OSError: from the host.
+    """
+    snapshots = list_snapshots(image)
+    snapshot = find_snapshot(image.file, image.header, snapshots, wanted)
+    with _dirty(image):
+        l1 = read_table(image.file, snapshot.l1_offset, snapshot.l1_entries)
+        _publish_table(image, [each for each in snapshots if each is not snapshot])
+        _drop(image, l1)
+        _free_tables(image, snapshot.l1_offset, len(l1) * ENTRY_SIZE)
+
+
+@contextmanager
+def _dirty(image: WritableQcow2Image) -> Iterator[None]:
+    """Steps 1, 4 and 5: what is done inside may be interrupted by a crash."""
+    image.flush()
+    image.flush()  # the first one frees, the second one brings that to the disk
+    can_mark = image.header.version >= 3
+    marked = image.header.incompatible | Incompatible.DIRTY
+    if can_mark:
+        _write_header(image, INCOMPATIBLE_FIELD, marked.to_bytes(8, "big"))
+    yield
+    image.flush()
+    image.flush()
+    _restore_copied(image)
+    if can_mark:
+        _write_header(image, INCOMPATIBLE_FIELD, image.header.incompatible.to_bytes(8, "big"))
+
+
+def _write_header(image: WritableQcow2Image, offset: int, fields: bytes) -> None:
+    image.file.sync()
+    image.file.write(offset, fields)
+    image.file.sync()
+
+
+def _write_row(image: WritableQcow2Image, content: bytes) -> int:
+    """Write a table to a new place, which is counted and on stable storage afterwards; returns its offset."""
+    size = image.header.geometry.cluster_size
+    clusters = -(-len(content) // size)
+    if not clusters:
+        return 0
+    first = image.allocator.allocate_row(clusters)
+    image.space.add_table(first, clusters)
+    image.file.write(first * size, content)
+    image.flush()
+    return first * size
+
+
+def _publish_table(image: WritableQcow2Image, snapshots: list[Snapshot]) -> None:
+    """Let the header lead to a new directory of snapshots."""
+    _, old_length = read_snapshots(image.file, image.header)
+    old_offset = image.header.snapshots_offset
+    offset = _write_row(image, build_snapshots(snapshots))
+    image.flush()
+    _write_header(image, SNAPSHOT_FIELDS, len(snapshots).to_bytes(4, "big") + offset.to_bytes(8, "big"))
+    image.header = replace(image.header, snapshots=len(snapshots), snapshots_offset=offset)
+    _free_tables(image, old_offset, old_length)
+
+
+def _free_tables(image: WritableQcow2Image, offset: int, length: int) -> None:
+    bits = image.header.geometry.cluster_bits
+    if length:
+        first, count = offset >> bits, -(-length >> bits)
+        image.space.remove_table(first, count)
+        image.writeback.park(first, count)
+
+
+def _tables(image: WritableQcow2Image, l1: array[int]) -> Iterator[tuple[int, array[int]]]:
+    """The L2 tables of an L1 table, by the number of their cluster."""
+    geometry = image.header.geometry
+    for key, entry in enumerate(l1):
+        if entry & geometry.offset_mask:
+            table = image.mapping.read(entry, f"L1 entry {key}")
+            yield (entry & geometry.offset_mask) >> geometry.cluster_bits, table
+
+
+def _share(image: WritableQcow2Image, l1: array[int]) -> None:
+    """Count one more reference to everything that an L1 table leads to."""
+    image.allocator.mark()
+    for cluster, table in _tables(image, l1):
+        image.refcounts.share(cluster, 1)
+        for row in table_rows(image.header, table):
+            image.refcounts.share(*row)
+        if image.writeback.is_due:
+            image.flush()
+    image.flush()
+
+
+def _drop(image: WritableQcow2Image, l1: array[int]) -> None:
+    """Subtract one reference from everything that an L1 table leads to, which nothing on the disk leads to any more."""
+    for cluster, table in _tables(image, l1):
+        for row in table_rows(image.header, table):
+            image.writeback.park(*row)
+        if image.refcounts.refcount(cluster) == 1:
+            image.space.remove_table(cluster, 1)
+        image.writeback.park(cluster, 1)
+        if image.writeback.is_due:
+            image.flush()
+
+
+def _without_copied(image: WritableQcow2Image) -> array[int]:
+    """Take COPIED from everything in use, for all of it is shared now; returns the L1 table."""
+    _rewrite(image, lambda entry: entry if entry & COMPRESSED else entry & NOT_COPIED)
+    return array("Q", image.mapping.l1)
+
+
+def _restore_copied(image: WritableQcow2Image) -> None:
+    """Let COPIED say of everything in use whether its refcount is 1."""
+    geometry, refcount = image.header.geometry, image.refcounts.refcount
+
+    def flagged(entry: int) -> int:
+        host = entry & geometry.offset_mask
+        if not host or entry & COMPRESSED:
+            return entry
+        return entry | COPIED if refcount(host >> geometry.cluster_bits) == 1 else entry & NOT_COPIED
+
+    _rewrite(image, flagged)
+    for entry in image.mapping.l1:
+        if entry & COPIED:
+            image.space.add_table((entry & geometry.offset_mask) >> geometry.cluster_bits, 1)
+
+
+def _rewrite(image: WritableQcow2Image, flagged: Callable[[int], int]) -> None:
+    """Change flags of L1 and L2 entries where they lie; nothing else may be waiting to be written."""
+    mapping, file, geometry = image.mapping, image.file, image.header.geometry
+    for key, entry in enumerate(mapping.l1):
+        table = mapping.table(key)
+        if table is not None:
+            words = array("Q", map(flagged, table[:: geometry.words]))
+            if words != table[:: geometry.words]:
+                table[:: geometry.words] = words
+                file.write(entry & geometry.offset_mask, table_bytes(table))
+    file.sync()
+    mapping.l1[:] = array("Q", map(flagged, mapping.l1))
+    file.write(mapping.l1_offset, table_bytes(mapping.l1))
+    file.sync()

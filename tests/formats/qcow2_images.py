@@ -1,0 +1,39 @@
+"""qcow2 images for tests: opened as they are, without the policy on references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbdserve.block import BlockDevice, HostFile
+from nbdserve.errors import OpenError
+from nbdserve.formats import FORMATS, OpenOptions, OpenReference, probe
+from nbdserve.formats.qcow2 import open_image
+
+
+def references_of(directory: Path) -> OpenReference:
+    """Opens any file that an image in the directory names."""
+
+    def open_reference(name: str, format: str | None) -> BlockDevice:
+        file = HostFile.open(directory / name, writable=False)
+        known = FORMATS.get(format or probe(file))
+        if known is None:
+            raise OpenError(f"{directory}: {format!r} is no format")
+        return known(file, OpenOptions(True, open_reference))
+
+    return open_reference
+
+
+def open_qcow2(
+    path: Path, *, read_only: bool = False, snapshot: str | None = None, file_type: type[HostFile] = HostFile
+) -> BlockDevice:
+    """Open an image, and the files it names in its own directory."""
+
+    def open_file(name: str, *, writable: bool) -> HostFile:
+        return file_type.open(path.parent / name, writable=writable)
+
+    file = file_type.open(path, writable=not read_only)
+    try:
+        return open_image(file, OpenOptions(read_only, references_of(path.parent), snapshot, None, open_file))
+    except BaseException:
+        file.close()
+        raise
