@@ -91,6 +91,8 @@ class Record:
         self.uid = uid | uid_high << 16
         self.gid = gid | gid_high << 16
         self.size = size | size_high << 32
+        if self.size >> 63:
+            raise error(errno.EIO)
         self.sectors = sectors | sectors_high << 32
         self.attribute_block = acl | acl_high << 32
         self.map = []

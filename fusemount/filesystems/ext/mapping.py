@@ -66,6 +66,7 @@ class Mapper:
 
     def runs(self, record: Record, first: int, end: int) -> Iterator[Run]:
         """What is mapped between two logical blocks, in order, cut to them. Raises EIO for a damaged map."""
+        end = min(end, MAX_LOGICAL)
         while first < end:
             segment = self._segment(record, first)
             runs = segment.runs

@@ -51,6 +51,7 @@ class Store(ExtFileSystem):
         self._known: dict[int, int] = {}  # inode -> how often the caller was given its number
         self._held: dict[int, int] = {}
         self._orphans: list[int] = []  # as in the superblock's list, the head last
+        self._has_leftovers = False
         self._closed = False
         self._count_free()
         self._set_state(self._state & ~State.VALID)
@@ -258,7 +259,12 @@ class Store(ExtFileSystem):
         if inode in self._known or inode in self._held or inode not in self._orphans:
             return
         record = self.record(inode)
-        self.free_inode(record)
+        try:
+            self.free_inode(record)
+        except OSError:  # a damaged map: it stays in the list, for e2fsck
+            self._has_leftovers = True
+            self.drop(record)
+            return
         index = self._orphans.index(inode)
         del self._orphans[index]
         if index < len(self._orphans):
@@ -360,7 +366,7 @@ class Store(ExtFileSystem):
             for inode in list(self._orphans):
                 self._reap(inode)
             self.sync()
-            if not self.cache.failed and not self.engine.failed:
+            if not (self.cache.failed or self.engine.failed or self._has_leftovers):
                 self._set_state(self._state | State.VALID)
                 self.sync()
         finally:
