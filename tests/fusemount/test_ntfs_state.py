@@ -146,6 +146,13 @@ def test_without_the_library_reading_works(image: Path, monkeypatch: pytest.Monk
         assert b"file" in tree_of(ntfs.open_filesystem(device, writable=False))
 
 
+def test_an_image_that_is_open_read_only(image: Path) -> None:
+    with device_of(image) as device:
+        assert "read-only" in ntfs.examine(device).remark
+        with pytest.raises(OpenError, match="read-only"):
+            ntfs.open_filesystem(device, writable=True)
+
+
 def damage_boot(content: bytearray) -> None:
     content[3:11] = b"MSDOS5.0"
 

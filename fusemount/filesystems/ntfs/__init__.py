@@ -26,6 +26,8 @@ from fusemount.filesystems.ntfs.volume import ROOT, Volume
 from nbdserve.block import BlockDevice
 from nbdserve.errors import FormatError, OpenError
 
+_READ_ONLY = "NTFS: the image was opened read-only; open it for writing to change files"
+
 
 def examine(device: BlockDevice) -> Condition:
     """In which state the volume is; nothing is changed."""
@@ -34,6 +36,8 @@ def examine(device: BlockDevice) -> Condition:
     except FormatError as failure:
         return Condition(readable=False, writable=False, dirty=False, remark=str(failure))
     dirty, remark = obstacle(volume)
+    if not remark and device.read_only:
+        remark = _READ_ONLY
     if not remark:
         from fusemount.filesystems.ntfs.library import missing
 
@@ -51,8 +55,8 @@ def open_filesystem(device: BlockDevice, *, writable: bool) -> FileSystem:
     if not writable:
         return NtfsReader(volume)
     _, remark = obstacle(volume)
-    if remark:
-        raise OpenError(remark)
+    if remark or device.read_only:
+        raise OpenError(remark or _READ_ONLY)
     from fusemount.filesystems.ntfs.writing import NtfsWriter
 
     return NtfsWriter(volume)

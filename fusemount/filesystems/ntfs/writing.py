@@ -189,6 +189,7 @@ class NtfsWriter(NtfsReader):
             library.calls.ntfs_inode_update_times(opened, MODIFIED | CHANGED)
 
     def change(self, inode: Inode, changes: Changes) -> None:
+        self.attributes(inode)  # raises EIO where these are damaged
         node = self.node(inode)
         created, modified, _, accessed, flags = INFORMATION.unpack_from(node.values(Type.STANDARD_INFORMATION)[0])
         if changes.mtime_ns is not None:
