@@ -223,6 +223,17 @@ def test_an_ordinary_user_is_not_the_guests_root(folder: Path, mnt: Path) -> Non
     assert "User:     0   Group:     0" in tool("debugfs", "-R", "stat /etc/new", image)
 
 
+@needs("mkfs.vfat", "mcopy", "fsck.vfat")
+def test_a_file_of_several_spellings_is_gone_under_all_of_them(folder: Path, mnt: Path) -> None:
+    image = make_fat(folder / "disk.raw")
+    give(image)
+    with mounted(image, mnt, "--rw", "--format=raw", nobody=True):
+        script = f"cd {mnt}; cat 'LONG NAME.TXT' 'long name.txt'; rm 'Long name.txt'; fails cat 'LONG NAME.TXT'; ls"
+        result = run(["sh", "-ec", FAILS + script], nobody=True)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "fat\nfat\n", "")
+    tool("fsck.vfat", "-n", image)
+
+
 @ext
 @needs("qemu-img")
 def test_an_overlay_leaves_the_image_alone(folder: Path, mnt: Path) -> None:

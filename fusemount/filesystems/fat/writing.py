@@ -36,6 +36,8 @@ _DEEPEST = 65536
 class FatFileSystem(FatContent):
     """A FAT volume, read and write."""
 
+    names_last = False  # `A` and `a` are one file: what the kernel knows of the one, a change of the other may undo
+
     def _touch(self, directory: Inode) -> list[Piece]:
         """A directory's content changes now; the root directory has no entry where that could be noted."""
         file, now = self.inodes[directory], packed(time.time_ns())
