@@ -261,9 +261,9 @@ class _Reader:
 
     def _backing_name(self) -> str | None:
         offset, length = self.first.backing_file_offset, self.first.backing_file_size
-        if not offset:
+        if not offset and length <= _MAXIMUM_NAME:
             return None
-        if not length or length > _MAXIMUM_NAME or offset + length > self.cluster_size:
+        if not offset or not length or length > _MAXIMUM_NAME or offset + length > self.cluster_size:
             raise self.wrong(f"puts a backing file name of {length} bytes at {offset}, outside the first cluster")
         name = self.content[offset : offset + length]
         if b"\0" in name:

@@ -129,7 +129,7 @@ class HostSpace:
         """Whether one of these L2 entries would let a guest overwrite a table in place."""
         bits, limit = self.geometry.cluster_bits, self.end
         own = {entry & NOT_COPIED for entry in entries if entry & COPIED}
-        hosts = {entry >> bits for entry in own if entry < limit}
+        hosts = {entry >> bits for entry in own if entry < limit} - {0}  # which means that there is no cluster
         if not hosts:
             return False
         first = self._first_within(min(hosts), max(hosts) + 1)
