@@ -74,6 +74,37 @@ def client_context(directory: str | None) -> ssl.SSLContext:
     return context
 
 
+# X509_V_ERR_* of OpenSSL's x509_vfy.h. Its own words for the last three say what it did, not what is wrong.
+_REFUSALS = {
+    9: "it is not valid yet; look at both clocks",
+    10: "it has expired",
+    18: "another authority has signed it than the one in ca-cert.pem",
+    19: "another authority has signed it than the one in ca-cert.pem",
+    20: "another authority has signed it than the one in ca-cert.pem",
+}
+_ALERTS = {
+    "CERTIFICATE_EXPIRED": "it has expired",
+    "CERTIFICATE_REVOKED": "it has been revoked",
+    "UNKNOWN_CA": "another authority has signed it than the one that is trusted there",
+    "CERTIFICATE_REQUIRED": "there is none; it wants client-cert.pem and client-key.pem",
+    "BAD_CERTIFICATE": "it does not fit",
+}
+
+
+def why_tls_failed(error: ssl.SSLError, peer: str) -> str:
+    """What went wrong between us and the peer ("server" or "client"), in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = _REFUSALS.get(error.verify_code, error.verify_message.rstrip("."))
+        return f"the {peer}'s certificate is not trusted: {why}"
+    reason = error.reason or str(error)
+    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return f"the {peer} shows no certificate"
+    for alert, why in _ALERTS.items():
+        if reason.endswith(f"ALERT_{alert}"):
+            return f"the {peer} refuses our certificate: {why}"
+    return reason
+
+
 def _prove_identity(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     try:
         # An encrypted key would make OpenSSL ask for its passphrase on the terminal.

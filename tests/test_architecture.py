@@ -18,6 +18,7 @@ ARROWS = {
     "block": {"errors"},
     "protocol": {"errors"},
     "tls": {"errors"},
+    "certificates": {"errors"},
     "locking": {"errors", "block"},
     "formats": {"errors", "block"},
     "partitions": {"errors", "block"},
@@ -26,7 +27,10 @@ ARROWS = {
     "opening": {"errors", "formats", "partitions", "client", "block", "locking"},
     "imagetools": {"errors", "opening", "formats", "block"},
     "kernel": {"errors"},
-    "cli": {"errors", "server", "imagetools", "kernel", "opening", "client", "protocol", "block", "tls", "fusemount"},
+    "cli": {
+        *("errors", "server", "imagetools", "kernel", "opening", "client", "protocol", "block", "tls", "certificates"),
+        "fusemount",
+    },
     "__main__": {"cli"},
     "__init__": set[str](),
 }

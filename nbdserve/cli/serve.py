@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
 from nbdserve.block import BlockDevice
+from nbdserve.cli.certificates import add_certificate_options, make
 from nbdserve.cli.common import add_force_share, byte_size, run, say
 from nbdserve.errors import NbdserveError
 
@@ -38,12 +39,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line; short options are qemu-nbd's."""
     result = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage="%(prog)s [options] IMAGE\n       %(prog)s --make-certs DIR [--host NAME]... [--client NAME]...",
         description="Serve a disk image (qcow2, VHD, raw or a block device) over NBD.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("image", metavar="IMAGE", help="the image file or block device")
+    result.add_argument("image", metavar="IMAGE", nargs="?", help="the image file or block device")
     result.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     result.add_argument("-v", "--verbose", action="store_true", help="tell of clients that come and go")
 
@@ -101,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
         help="on: clients may encrypt, require: they must; default: require with --tls-certs, else off",
     )
     tls.add_argument("--tls-verify-peer", action="store_true", help="clients need a certificate that the CA has signed")
+    add_certificate_options(result.add_argument_group("making certificates"))
     return result
 
 
@@ -131,6 +134,14 @@ def main() -> NoReturn:
     gc.disable()  # until all is set up: nothing of that is garbage, and the collector would take a tenth of the time
     arguments = parser()
     options = arguments.parse_args()
+    if options.make_certs is not None:
+        if options.image is not None:
+            arguments.error("--make-certs makes certificates and serves nothing; leave IMAGE out")
+        run(PROGRAM, lambda: make(options))
+    if options.host or options.client:
+        arguments.error("--host and --client say whom --make-certs makes certificates for")
+    if options.image is None:
+        arguments.error("the following arguments are required: IMAGE")
     if options.tls in ("on", "require") and options.tls_certs is None:
         arguments.error(f"--tls {options.tls} needs --tls-certs DIR")
     if options.tls_verify_peer and options.tls_certs is None:

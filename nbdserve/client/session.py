@@ -202,7 +202,9 @@ class Session:
                             handshake.connection_lost()
                         handshake.receive(data)
         except ssl.SSLError as error:  # before ValueError, which one kind of it is as well
-            raise OpenError(f"{uri.text}: TLS failed: {_why_tls_failed(error)}") from None
+            from nbdserve.tls import why_tls_failed
+
+            raise OpenError(f"{uri.text}: TLS failed: {why_tls_failed(error, 'server')}") from None
         except (ProtocolError, ValueError) as error:
             raise OpenError(f"{uri.text}: {error}") from None
         except OSError as error:
@@ -230,9 +232,3 @@ def _connected(uri: NbdUri) -> socket.socket:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_MILLISECONDS)
     return connection
-
-
-def _why_tls_failed(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server's certificate is not trusted: {error.verify_message}"
-    return error.reason or str(error)

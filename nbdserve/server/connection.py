@@ -70,7 +70,7 @@ class Connection:
         except* trio.TooSlowError:
             debug(f"{self._peer}: dropped, no handshake within {HANDSHAKE_SECONDS:.0f} s")
         except* ssl.SSLError as group:
-            debug(f"{self._peer}: TLS failed: {_reason(group.exceptions[0])}")
+            debug(f"{self._peer}: TLS failed: {_why(group)}")
         except* ProtocolError as group:
             debug(f"{self._peer}: dropped, {group.exceptions[0]}")
         except* NbdserveError as group:
@@ -130,5 +130,9 @@ class Connection:
         self._handshake.tls_established()
 
 
-def _reason(error: BaseException) -> str:
-    return getattr(error, "reason", None) or str(error)
+def _why(group: ExceptionGroup[ssl.SSLError]) -> str:
+    from nbdserve.tls import why_tls_failed
+
+    error = group.exceptions[0]
+    assert isinstance(error, ssl.SSLError)
+    return why_tls_failed(error, "client")

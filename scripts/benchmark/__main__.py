@@ -9,12 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nbdserve.certificates import make_certificates
-
 from benchmark import report
 from benchmark.cases import Case, all_cases
 from benchmark.images import MIB, Images
 from benchmark.servers import Place, Server, free_port, installed, running
+from nbdserve.certificates import make_certificates
 
 _PEERS = ("qemu-nbd", "nbdkit", "nbd-server")
 

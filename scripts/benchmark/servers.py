@@ -36,13 +36,21 @@ class Place:
         return self.socket.with_suffix(".pid")
 
     @property
+    def plain_uri(self) -> str:
+        """How clients name it that know by other means whom to trust."""
+        scheme = "nbds" if self.certificates else "nbd"
+        return (
+            f"{scheme}://localhost:{self.port}/{self.export}"
+            if self.port
+            else f"{scheme}+unix:///?socket={self.socket}"
+        )
+
+    @property
     def uri(self) -> str:
         """How clients name it."""
-        scheme = "nbds" if self.certificates else "nbd"
-        query = [f"tls-certificates={self.certificates}"] if self.certificates else []
-        if self.port:
-            return f"{scheme}://localhost:{self.port}/{self.export}" + ("?" + query[0] if query else "")
-        return f"{scheme}+unix:///?" + "&".join([f"socket={self.socket}", *query])
+        if not self.certificates:
+            return self.plain_uri
+        return f"{self.plain_uri}{'?' if self.port else '&'}tls-certificates={self.certificates}"
 
 
 Command = Callable[[Image, Place], list[str] | None]

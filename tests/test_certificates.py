@@ -1,0 +1,311 @@
+"""Certificates that --make-certs makes, in the hands of everyone: who is served, who is refused, and in which words."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from random import Random
+from urllib.parse import urlsplit
+
+import pytest
+
+from nbdserve.certificates import CertificateError, make_certificates
+from nbdserve.client import connect
+from nbdserve.errors import OpenError
+from tests.reference import needs, run
+from tests.serving import Served, refusal, run_nbdserve
+
+MIB = 1 << 20
+LONG_AGO = datetime.now(UTC) - timedelta(days=2000)  # the authority lasts longer than what it has signed
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made on the command line, for this machine and one more client."""
+    directory = tmp_path_factory.mktemp("certificates") / "pki"
+    result = run_nbdserve("--make-certs", directory, "--client", "alice")
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("foreign") / "pki"
+    make_certificates(directory)
+    return directory
+
+
+def sibling(pki: Path, directory: Path, *hosts: str, since: datetime | None = None) -> Path:
+    """Other certificates of the same authority."""
+    directory.mkdir()
+    for name in ("ca-cert.pem", "ca-key.pem"):
+        (directory / name).write_bytes((pki / name).read_bytes())
+    make_certificates(directory, hosts, since=since)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "disk.raw"
+    path.write_bytes(Random(1).randbytes(MIB))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(pki: Path, image: Path) -> Iterator[Served]:
+    options = ("-r", "-f", "raw", "-v", "--tls-certs", pki, "--tls-verify-peer")
+    with Served(image, *options) as started:
+        yield started
+
+
+def named(uri: str, directory: Path) -> str:
+    return f"{uri}/?tls-certificates={directory}"
+
+
+def failure(*command: str | os.PathLike[str]) -> str:
+    """What a tool says when it is refused."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert result.returncode != 0, result.stdout
+    return result.stderr
+
+
+def qemu_img_info(uri: str, directory: Path) -> tuple[str, ...]:
+    """The command with which qemu-img looks at an export."""
+    return (
+        *("qemu-img", "info", "--object", f"tls-creds-x509,id=tls0,dir={directory},endpoint=client", "--image-opts"),
+        f"driver=nbd,host=localhost,port={urlsplit(uri).port},tls-creds=tls0",
+    )
+
+
+# What is written
+
+
+def test_secrets_are_their_owners_and_the_rest_can_be_read(pki: Path) -> None:
+    modes = {path.relative_to(pki).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in pki.rglob("*")}
+    secret = {name for name, mode in modes.items() if mode == 0o600}
+    folders = {name for name, mode in modes.items() if mode == 0o700}
+    assert secret == {
+        *("ca-key.pem", "server-key.pem", "client-key.pem", "keys.psk"),
+        *("alice/client-key.pem", "alice/keys.psk"),
+    }
+    assert folders == {"alice"}
+    assert set(modes) - secret - folders == {
+        *("ca-cert.pem", "server-cert.pem", "client-cert.pem"),
+        *("alice/ca-cert.pem", "alice/client-cert.pem"),
+    }
+    assert stat.S_IMODE(pki.stat().st_mode) == 0o700
+
+
+def test_nothing_is_written_over_and_what_is_missing_is_added(tmp_path: Path) -> None:
+    make_certificates(tmp_path, ["one.example", "10.1.2.3"], ["alice"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert make_certificates(tmp_path) == []
+    made = make_certificates(tmp_path, ["one.example"], ["alice", "bob"])
+    assert {path.name for path in made} == {"ca-cert.pem", "client-key.pem", "client-cert.pem", "keys.psk"}
+    assert {path.parent for path in made} == {tmp_path, tmp_path / "bob"}
+    shared = before.pop(tmp_path / "keys.psk")
+    assert (tmp_path / "keys.psk").read_bytes().startswith(shared)
+    assert [line.split(":")[0] for line in (tmp_path / "keys.psk").read_text().split()] == ["client", "alice", "bob"]
+    assert before == {path: path.read_bytes() for path in before}
+    (tmp_path / "server-cert.pem").unlink()  # to be renewed, with its key
+    assert make_certificates(tmp_path, ["two.example"]) == [tmp_path / "server-cert.pem"]
+    assert (tmp_path / "server-key.pem").read_bytes() == before[tmp_path / "server-key.pem"]
+
+
+def test_what_does_not_fit_is_told_and_left(tmp_path: Path, pki: Path) -> None:
+    make_certificates(tmp_path)
+    with pytest.raises(CertificateError, match=r"server-cert.pem: exists, and is not for other\.example"):
+        make_certificates(tmp_path, ["other.example"])
+    certificate = (tmp_path / "server-cert.pem").read_bytes()
+    for damaged in (b"", (pki / "server-cert.pem").read_bytes()):
+        (tmp_path / "server-cert.pem").write_bytes(damaged)
+        with pytest.raises(CertificateError, match=r"server-cert.pem: (not a certificate|does not belong)"):
+            make_certificates(tmp_path)
+        assert (tmp_path / "server-cert.pem").read_bytes() == damaged
+    (tmp_path / "server-cert.pem").write_bytes(certificate)
+    (tmp_path / "ca-key.pem").unlink()
+    with pytest.raises(CertificateError, match=r"ca-key.pem: missing, while ca-cert.pem is there"):
+        make_certificates(tmp_path)
+    (tmp_path / "ca-key.pem").write_text("nonsense")
+    with pytest.raises(CertificateError, match=r"ca-key.pem: not a private key"):
+        make_certificates(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--host", "with space"), "--host with space: neither a host name nor an address"),
+        (("--host", "example.com:10809"), "give it without a port"),
+        (("--client", "../up"), "--client ../up: not a name"),
+        (("--client", "a:b"), "--client a:b: not a name"),
+    ],
+)
+def test_a_name_that_is_none(options: tuple[str, str], said: str, tmp_path: Path) -> None:
+    assert said in refusal("--make-certs", tmp_path / "pki", *options)
+    assert not (tmp_path / "pki").exists()
+
+
+def test_without_the_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['cryptography'] = None; sys.argv[0] = 'nbdserve'\n"
+        "from nbdserve.cli.serve import main; main()"
+    )
+    command = [sys.executable, "-c", code, "--make-certs", tmp_path / "pki"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "nbdserve: certificates are made with the library cryptography: pip install 'nbdserve[certs]'\n"
+    )
+
+
+# Who is served
+
+
+@pytest.mark.parametrize("client", ["", "alice"])
+def test_our_client_is_served(server: Served, pki: Path, image: Path, client: str) -> None:
+    with connect(named(server.uri, pki / client), read_only=True) as device:
+        assert device.read(0, MIB) == image.read_bytes()
+
+
+@needs("qemu-img", "nbdinfo", "nbdcopy")
+def test_others_are_served(server: Served, pki: Path, image: Path, tmp_path: Path) -> None:
+    assert "virtual size: 1 MiB" in run(*qemu_img_info(server.uri, pki / "alice"))
+    assert run("nbdinfo", "--size", named(server.uri, pki / "alice")) == f"{MIB}\n"
+    run("nbdcopy", named(server.uri, pki), tmp_path / "copy.raw")
+    assert (tmp_path / "copy.raw").read_bytes() == image.read_bytes()
+
+
+@contextmanager
+def peer_server(tmp_path: Path, *command: str) -> Iterator[None]:
+    """Another one's server, which writes a pid file when it is ready."""
+    pid_file = tmp_path / "pid"
+    with subprocess.Popen(command) as process:
+        try:
+            for _ in range(500):
+                if pid_file.exists() and pid_file.read_text():
+                    break
+                assert process.poll() is None, f"{command} has ended"
+                try:
+                    process.wait(0.02)
+                except subprocess.TimeoutExpired:
+                    continue
+            yield
+        finally:
+            process.terminate()
+
+
+@needs("nbdkit", "nbdinfo")
+def test_nbdkit_serves_with_them(pki: Path, image: Path, tmp_path: Path) -> None:
+    command = (
+        "nbdkit",
+        "-f",
+        "-P",
+        f"{tmp_path}/pid",
+        "-U",
+        f"{tmp_path}/s",
+        "-r",
+        "--tls=require",
+        "--tls-verify-peer",
+    )
+    with peer_server(tmp_path, *command, f"--tls-certificates={pki}", "file", os.fspath(image)):
+        uri = f"nbds+unix:///?socket={tmp_path}/s&tls-certificates={pki / 'alice'}"
+        assert run("nbdinfo", "--size", uri) == f"{MIB}\n"
+        with connect(uri, read_only=True) as device:
+            assert device.read(0, MIB) == image.read_bytes()
+
+
+@needs("nbdkit", "nbdinfo", "qemu-nbd")
+def test_the_secrets_are_what_others_expect(pki: Path, image: Path, tmp_path: Path) -> None:
+    serving = ("nbdkit", "-f", "-P", f"{tmp_path}/pid", "-U", f"{tmp_path}/s", "-r", "--tls=require")
+    with peer_server(tmp_path, *serving, f"--tls-psk={pki}/keys.psk", "file", os.fspath(image)):
+        uri = f"nbds+unix://alice@/?socket={tmp_path}/s&tls-psk-file={pki / 'alice' / 'keys.psk'}"
+        assert run("nbdinfo", "--size", uri) == f"{MIB}\n"
+    (tmp_path / "pid").unlink()
+    serving = ("qemu-nbd", "-t", "-r", "-f", "raw", "-k", f"{tmp_path}/q", "--pid-file", f"{tmp_path}/pid")
+    credentials = ("--object", f"tls-creds-psk,id=tls0,endpoint=server,dir={pki}", "--tls-creds", "tls0")
+    with peer_server(tmp_path, *serving, *credentials, os.fspath(image)):
+        credentials = ("--object", f"tls-creds-psk,id=tls0,endpoint=client,dir={pki / 'alice'},username=alice")
+        where = f"driver=nbd,server.type=unix,server.path={tmp_path}/q,tls-creds=tls0"
+        assert "virtual size: 1 MiB" in run("qemu-img", "info", *credentials, "--image-opts", where)
+
+
+# Who is refused. The server here is ours; its certificate is wrong, or the client's is.
+
+
+@needs("qemu-img", "nbdinfo")
+@pytest.mark.parametrize(
+    ("kind", "ours", "qemu"),
+    [
+        ("wrong host", "not valid for 'localhost'", "does not match the hostname"),
+        ("expired", "it has expired", "certificate is not trusted"),
+        ("foreign", "another authority has signed it", "hasn't got a known issuer"),
+    ],
+)
+def test_a_server_that_is_not_to_be_trusted(
+    pki: Path, foreign: Path, image: Path, tmp_path: Path, kind: str, ours: str, qemu: str
+) -> None:
+    match kind:
+        case "wrong host":
+            identity = sibling(pki, tmp_path / "pki", "elsewhere.example", "192.0.2.1")
+        case "expired":
+            identity = sibling(pki, tmp_path / "pki", since=LONG_AGO)
+        case _:
+            identity = foreign
+    with Served(image, "-r", "-f", "raw", "--tls-certs", identity) as server:
+        with pytest.raises(OpenError, match=f"TLS failed: the server's certificate is not trusted: .*{ours}"):
+            connect(named(server.uri, pki))
+        assert qemu in failure(*qemu_img_info(server.uri, pki))
+        assert "Error in the certificate verification" in failure("nbdinfo", named(server.uri, pki))
+
+
+@needs("qemu-img", "nbdinfo")
+@pytest.mark.parametrize(
+    ("kind", "client_hears", "server_says"),
+    [
+        ("expired", "it has expired", "it has expired"),
+        ("foreign", "another authority has signed it", "another authority has signed it"),
+        ("none", "there is none; it wants client-cert.pem", "the client shows no certificate"),
+    ],
+)
+def test_a_client_that_is_not_to_be_trusted(
+    server: Served, pki: Path, foreign: Path, tmp_path: Path, kind: str, client_hears: str, server_says: str
+) -> None:
+    match kind:
+        case "expired":
+            identity = sibling(pki, tmp_path / "pki", since=LONG_AGO)
+        case "foreign":
+            identity = tmp_path / "stranger"
+            identity.mkdir()
+            for name in ("client-cert.pem", "client-key.pem"):
+                (identity / name).write_bytes((foreign / name).read_bytes())
+            (identity / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+        case _:
+            identity = tmp_path / "nobody"
+            identity.mkdir()
+            (identity / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+    with pytest.raises(OpenError, match=f"the server refuses our certificate: {client_hears}"):
+        connect(named(server.uri, identity))
+    server.wait_for_line(server_says)
+    assert failure("nbdinfo", named(server.uri, identity))
+    assert failure(*qemu_img_info(server.uri, identity))
+    # QEMU itself shows neither an expired certificate nor one that ca-cert.pem does not vouch for.
+    server.wait_for_line(server_says, count=3 if kind == "none" else 2)
+    assert run("nbdinfo", "--size", named(server.uri, pki)) == f"{MIB}\n", "and serves on"
+
+
+@needs("nbdkit", "qemu-img")
+def test_our_client_refuses_nbdkit(pki: Path, image: Path, tmp_path: Path) -> None:
+    identity = sibling(pki, tmp_path / "pki", "elsewhere.example")
+    command = ("nbdkit", "-f", "-P", f"{tmp_path}/pid", "-U", f"{tmp_path}/s", "-r", "--tls=require")
+    with peer_server(tmp_path, *command, f"--tls-certificates={identity}", "file", os.fspath(image)):
+        uri = f"nbds+unix:///?socket={tmp_path}/s&tls-certificates={pki}"
+        with pytest.raises(OpenError, match="not valid for 'localhost'"):
+            connect(uri)
+        with connect(f"{uri}&tls-hostname=elsewhere.example", read_only=True) as device:
+            assert device.read(0, MIB) == image.read_bytes()
