@@ -42,7 +42,7 @@ def number(value: int, length: int = 8) -> bytes:
     [
         (0, None, b"vhdxfilf", FormatError, "not a VHDX"),
         (192 << 10, 8, number(2048, 4), FormatError, "2048 entries"),
-        (192 << 10, REGIONS, uuid.uuid4().bytes_le, Unsupported, "needs the region"),
+        (192 << 10, REGIONS, uuid.UUID(int=7).bytes_le, Unsupported, "needs the region"),
         (192 << 10, REGIONS + 16, number(5), FormatError, "whole MiB inside"),
         (192 << 10, REGIONS + 16, number(0), FormatError, "whole MiB inside"),
         (192 << 10, REGIONS + 16, number(1 << 63), FormatError, "whole MiB inside"),
@@ -53,7 +53,7 @@ def number(value: int, length: int = 8) -> bytes:
         (192 << 10, 8, number(1, 4), FormatError, "no metadata region"),
         (vhdx.METADATA, None, b"metadatb", FormatError, "no metadata table"),
         (vhdx.METADATA + 10, None, number(2048, 2), FormatError, "2048 entries"),
-        (vhdx.METADATA + ITEMS, None, uuid.uuid4().bytes_le, Unsupported, "needs the metadata item"),
+        (vhdx.METADATA + ITEMS, None, uuid.UUID(int=7).bytes_le, Unsupported, "needs the metadata item"),
         (vhdx.METADATA + ITEMS + 32, None, FILE_PARAMETERS.bytes_le, FormatError, "there twice"),
         (vhdx.METADATA + ITEMS + 16, None, number(8, 4), FormatError, "does not fit"),
         (vhdx.METADATA + ITEMS + 16, None, number(MIB, 4), FormatError, "does not fit"),
