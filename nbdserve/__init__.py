@@ -10,6 +10,8 @@ The layout, by what a user would look for:
     protocol     the NBD wire, without I/O
     server       the trio edge: connections, replies, transports
     tls          certificate directories -> ssl.SSLContext
+    certificates an authority and what it signs, in the layout that tls reads
+    kernel       images as /dev/nbdN, through the kernel's own client
     cli          the commands, and the only code that prints
 
 Everything but server and cli is plain synchronous, thread-safe Python.

@@ -26,7 +26,7 @@ ARROWS = {
     "server": {"errors", "protocol", "block", "tls"},
     "opening": {"errors", "formats", "partitions", "client", "block", "locking"},
     "imagetools": {"errors", "opening", "formats", "block"},
-    "kernel": {"errors"},
+    "kernel": {"errors", "protocol"},
     "cli": {
         *("errors", "server", "imagetools", "kernel", "opening", "client", "protocol", "block", "tls", "certificates"),
         "fusemount",
