@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument(
         "--backend",
         choices=("native", "qemu"),
-        help="who serves: native is nbdserve, connected by netlink; qemu is qemu-nbd -c; default: native where it works",
+        help="who serves: nbdserve, connected by netlink, or qemu-nbd -c; default: native where it works",
     )
     image.add_argument(
         "--connections", type=_count, default=2, metavar="N", help="between the kernel and nbdserve; default: 2"
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     other = result.add_argument_group("what is attached")
-    other.add_argument("-d", "--detach", type=_device, nargs="?", const="", metavar="DEVICE", help="undo all of it")
+    other.add_argument("-d", "--detach", type=_device, nargs="?", const=False, metavar="DEVICE", help="undo all of it")
     other.add_argument("--all", action="store_true", help="with --detach: all that nbdattach has attached")
     other.add_argument("--list", action="store_true", help="show devices, partitions, mounts and serving processes")
     other.add_argument("--json", action="store_true", help="with --list: for programs")

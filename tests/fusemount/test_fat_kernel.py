@@ -93,16 +93,12 @@ def listing(fs: FileSystem) -> set[str]:
     return lines
 
 
-def test_the_kernel_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_agrees(tmp_path: Path) -> None:
     if reason := guest.what_is_missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
     kernel = guest.find_kernel()
     assert kernel is not None
-    # Another guest than that module is made for: this one needs no root disk.
-    monkeypatch.setattr(guest, "_INITRD_INIT", INIT)
-    monkeypatch.setattr(guest, "_MODULES", MODULES)
-    monkeypatch.setattr(guest, "BOOT_SECONDS", 240.0)  # it does more than boot
-    guest.build_initrd(tmp_path / "initrd", kernel)
+    guest.build_initrd(tmp_path / "initrd", kernel, init=INIT, modules=MODULES)
     images, expected = [shape.make(tmp_path) for shape in SHAPES], []
     for image in images:
         fs = mount(image, writable=True)
@@ -110,7 +106,8 @@ def test_the_kernel_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         expected.append(listing(fs))
         fs.close()
     disks = [part for image in images for part in ("-drive", f"file={image},format=raw,if=virtio")]
-    console = guest.run_guest(kernel, tmp_path / "initrd", disks, token="none")
+    # It does more than boot.
+    console = guest.run_guest(kernel, tmp_path / "initrd", disks, token="none", seconds=240)
     assert "FAT-fs" not in console
 
     for image, before in zip(images, expected, strict=True):

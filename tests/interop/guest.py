@@ -26,12 +26,12 @@ GUEST_DONE = "guest: all is written, powering off"
 BOOT_SECONDS = 90.0
 """A boot takes a few seconds on an idle machine; a guest that has not powered off by now is stuck."""
 
-_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+DISK_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 _DECOMPRESSORS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 
 # Runs in the initrd. /proc/cmdline is read because the kernel keeps root= to itself. The disk is there as soon as the
 # driver is loaded, but its partitions are read behind insmod's back.
-_INITRD_INIT = """\
+BOOT_DISK = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
@@ -102,18 +102,18 @@ def what_is_missing() -> str | None:
     for program in PROGRAMS:
         if find_program(program) is None:
             return f"{program} is not installed"
-    if not _is_static(_busybox()):
+    if not _is_static(busybox()):
         return "busybox is linked dynamically: the guest has no libraries (Debian: install busybox-static)"
     if find_kernel() is None:
         return "no kernel in /boot is readable and has its modules in /lib/modules"
     return None
 
 
-def build_initrd(path: Path, kernel: Kernel) -> None:
-    """Write an initrd for `kernel`: busybox, /init, and the modules for a virtio disk with ext4 in loading order."""
+def build_initrd(path: Path, kernel: Kernel, *, init: str = BOOT_DISK, modules: Sequence[str] = DISK_MODULES) -> None:
+    """Write an initrd for `kernel`: busybox, its /init, and modules in loading order, with all that they need."""
     files: list[tuple[str, bytes | None]] = [(name, None) for name in ("bin", "dev", "modules", "proc", "root")]
-    files += [("init", _INITRD_INIT.encode()), ("bin/busybox", _busybox().read_bytes())]
-    for number, module in enumerate(_modules_in_loading_order(kernel)):
+    files += [("init", init.encode()), ("bin/busybox", busybox().read_bytes())]
+    for number, module in enumerate(_in_loading_order(kernel, modules)):
         name = module.name.partition(".")[0]
         files.append((f"modules/{number:02}-{name}.ko", _read_module(module)))
     path.write_bytes(b"".join(_cpio_entries(files)))
@@ -124,7 +124,7 @@ def build_root_disk(path: Path, *, size_mib: int = 64) -> None:
     tree = path.with_suffix(".tree")
     for directory in ("bin", "dev", "proc", "sbin"):
         (tree / directory).mkdir(parents=True)
-    shutil.copy(_busybox(), tree / "bin/busybox")
+    shutil.copy(busybox(), tree / "bin/busybox")
     for applet in ("sh", "mount", "cp", "sync", "cmp", "rm", "fstrim", "poweroff"):
         (tree / "bin" / applet).symlink_to("busybox")
     (tree / "litter").write_bytes(b"to be discarded\n" * (4 << 16))
@@ -135,31 +135,47 @@ def build_root_disk(path: Path, *, size_mib: int = 64) -> None:
     shutil.rmtree(tree)
 
 
-def run_guest(kernel: Kernel, initrd: Path, disk: Sequence[str], *, token: str, root: str = "/dev/vda") -> str:
+def run_guest(
+    kernel: Kernel,
+    initrd: Path,
+    devices: Sequence[str],
+    *,
+    token: str,
+    root: str = "/dev/vda",
+    seconds: float = BOOT_SECONDS,
+    memory: int = 256,
+) -> str:
     """Boot, wait until the guest has powered off, and return what it wrote on its console.
 
     Args:
-        disk: QEMU's arguments for the disk (-drive, -blockdev, -device, -object ...).
+        devices: QEMU's arguments for the disk and what else there is (-drive, -device, -object, -virtfs ...).
         token: a word; the guest writes it to /token.
+        memory: MiB.
 
     Error handling:
-        AssertionError with the end of the console if the guest did not reach `GUEST_DONE` in `BOOT_SECONDS`.
+        AssertionError with the end of the console if the guest did not reach `GUEST_DONE` in `seconds`.
     """
-    command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-no-reboot"]
-    command += ["-display", "none", "-serial", "stdio", "-kernel", str(kernel.image), "-initrd", str(initrd)]
     # panic=-1 with -no-reboot: a guest that panics ends QEMU at once.
-    command += ["-append", f"console=ttyS0 loglevel=4 panic=-1 root={root} token={token}", *disk]
+    append = f"console=ttyS0 loglevel=4 panic=-1 root={root} token={token}"
+    start = ["-kernel", str(kernel.image), "-initrd", str(initrd), "-append", append]
+    return run_machine([*start, *devices], seconds=seconds, memory=memory)
+
+
+def run_machine(arguments: Sequence[str], *, seconds: float = BOOT_SECONDS, memory: int = 256) -> str:
+    """The same for a machine that finds what to boot by itself."""
+    command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(memory), "-nodefaults", "-no-reboot"]
+    command += ["-display", "none", "-serial", "stdio", *arguments]
     try:
         process = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=BOOT_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired as expired:
-        console, ending = expired.stdout or b"", f"was still running after {BOOT_SECONDS:.0f} s"
+        console, ending = expired.stdout or b"", f"was still running after {seconds:.0f} s"
     else:
         console, ending = process.stdout, f"ended with status {process.returncode}"
     text = console.decode(errors="replace").replace("\r\n", "\n")
@@ -184,7 +200,8 @@ def _run(program: str, *arguments: str) -> bytes:
     return process.stdout
 
 
-def _busybox() -> Path:
+def busybox() -> Path:
+    """The program of that name on this machine."""
     path = find_program("busybox")
     assert path, "busybox is not installed"
     return Path(path)
@@ -200,8 +217,8 @@ def _version(release: str) -> list[tuple[int, str]]:
     return [(int(number or 0), text) for number, text in re.findall(r"(\d+)|(\D+)", release)]
 
 
-def _modules_in_loading_order(kernel: Kernel) -> list[Path]:
-    """The files of `_MODULES` and all they depend on, each after those it needs; built-in ones have no file."""
+def _in_loading_order(kernel: Kernel, modules: Sequence[str]) -> list[Path]:
+    """The files of modules and all they depend on, each after those it needs; built-in ones have no file."""
     dependencies: dict[str, list[str]] = {}
     for line in (kernel.modules / "modules.dep").read_text().splitlines():
         module, _, needed = line.partition(":")
@@ -209,7 +226,7 @@ def _modules_in_loading_order(kernel: Kernel) -> list[Path]:
     by_name = {Path(module).name.partition(".")[0].replace("-", "_"): module for module in dependencies}
 
     order: dict[str, None] = {}
-    for name in _MODULES:
+    for name in modules:
         if wanted := by_name.get(name):
             # modules.dep(5) lists what a module needs with the first to load last.
             order.update(dict.fromkeys([*reversed(dependencies[wanted]), wanted]))
