@@ -143,6 +143,8 @@ def _check(command: argparse.ArgumentParser, options: argparse.Namespace) -> Non
         command.error("--detach takes a DEVICE or --all")
     if options.all and options.detach is None:
         command.error("--all belongs to --detach")
+    if options.dry_run and options.reconnect is not None:
+        command.error("--dry-run has nothing to show for --reconnect")
     if options.json and not options.list:
         command.error("--json belongs to --list")
 

@@ -132,8 +132,12 @@ def _start(record: Record, tell: Tell) -> Record:
             start_new_session=True,
         )
     assert server.stdout is not None
-    with server.stdout:
-        is_ready = bool(server.stdout.readline())
+    try:
+        with server.stdout:
+            is_ready = bool(server.stdout.readline())
+    except BaseException:
+        server.terminate()
+        raise
     said = log.read_text(errors="replace")
     lines = [line.removeprefix("nbdserve: ") for line in said.splitlines()]
     process = Process.of(server.pid)
@@ -166,8 +170,7 @@ def _negotiated(record: Record, stack: ExitStack) -> tuple[list[socket.socket], 
         connection.settimeout(None)
         sockets.append(connection)
     size, flags = export
-    if size % 512:
-        size -= size % 512  # the kernel counts in sectors
+    size -= size % 512  # the kernel counts in sectors
     known = int(flags & _FLAGS_OF_THE_KERNEL)
     return sockets, Connection(size, known, record.seconds, record.seconds, f"nbdserve {record.image}"[:255])
 

@@ -20,7 +20,7 @@ from nbdserve.kernel.system import KernelError, Unavailable
 _MESSAGE = Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _GENERIC = Struct("=BBH")  # genlmsghdr: command, version, reserved
 _ATTRIBUTE = Struct("=HH")  # nlattr: length, type
-_U8, _U32, _U64, _ERROR = Struct("=B"), Struct("=I"), Struct("=Q"), Struct("=i")
+_U32, _U64, _ERROR = Struct("=I"), Struct("=Q"), Struct("=i")
 
 _NETLINK_GENERIC = 16
 _ERROR_MESSAGE, _CONTROL_FAMILY = 2, 16  # NLMSG_ERROR, GENL_ID_CTRL
@@ -37,7 +37,6 @@ class _Command(IntEnum):
     CONNECT = 1
     DISCONNECT = 2
     RECONFIGURE = 3
-    STATUS = 5
 
 
 class _Attribute(IntEnum):
@@ -50,13 +49,10 @@ class _Attribute(IntEnum):
     SERVER_FLAGS = 5
     SOCKETS = 7
     DEAD_CONN_TIMEOUT = 8
-    DEVICE_LIST = 9
     BACKEND_IDENTIFIER = 10
 
 
-_ITEM = 1  # NBD_SOCK_ITEM, NBD_DEVICE_ITEM
-_SOCKET_FD = 1  # NBD_SOCK_FD
-_DEVICE_INDEX, _DEVICE_CONNECTED = 1, 2  # NBD_DEVICE_INDEX, NBD_DEVICE_CONNECTED
+_ITEM, _SOCKET_FD = 1, 1  # NBD_SOCK_ITEM, NBD_SOCK_FD
 
 _Attributes = dict[int, bytes]
 
@@ -160,12 +156,6 @@ class NbdNetlink:
             self._ask(self._family, _Command.DISCONNECT, _attribute(_Attribute.INDEX, _U32.pack(index)))
         except OSError as error:
             raise KernelError(f"the kernel does not disconnect /dev/nbd{index}: {error.strerror}") from None
-
-    def status(self) -> dict[int, bool]:
-        """The indices of all devices, and whether each is connected."""
-        answer = self._ask(self._family, _Command.STATUS, b"")
-        devices = [_parsed(item) for _, item in _attributes(answer.get(_Attribute.DEVICE_LIST, b""))]
-        return {_U32.unpack(each[_DEVICE_INDEX])[0]: bool(_U8.unpack(each[_DEVICE_CONNECTED])[0]) for each in devices}
 
     def _ask(self, family: int, command: int, attributes: bytes) -> _Attributes:
         """Send a request; the attributes of its answer, if it has any. Raises OSError with the kernel's errno."""
