@@ -39,21 +39,23 @@ def say(program: str, line: str) -> None:
     print(f"{program}: {shown}", file=sys.stderr, flush=True)
 
 
-def run(program: str, command: Callable[[], None]) -> NoReturn:
-    """Run a command and leave with its exit status: 0, or 1 after one line that says what went wrong."""
+def run(program: str, command: Callable[[], int | None], *, failure: int = 1) -> NoReturn:
+    """Run a command and leave with the exit status that it returns, or with `failure` after one line that says why."""
+    status = failure
     try:
-        command()
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure is still reported
     except NbdserveError as error:
         say(program, str(error))
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         say(program, f"{name}{error.strerror or error}")
+        status = failure
     except KeyboardInterrupt:
         say(program, "interrupted")
-    else:
-        sys.exit(0)
     _flush_stdout()
-    sys.exit(1)
+    sys.exit(status)
 
 
 def _flush_stdout() -> None:
