@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from nbdserve.errors import NbdserveError
 
-_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?", re.ASCII)
 
 
 def byte_size(text: str) -> int:
-    """A number of bytes as qemu-img reads it: 512, 64k, 1M, 2G (powers of 1024)."""
-    lowered = text.lower().removesuffix("ib")
-    unit = lowered[-1:] if lowered[-1:].isalpha() else ""
-    digits = lowered.removesuffix(unit)
-    if unit not in _UNITS or not digits.isascii() or not digits.isdigit():
+    """A number of bytes as qemu-img reads it: 512, 64k, 1M, 1.5G (powers of 1024)."""
+    found = _SIZE.fullmatch(text.lower())
+    if found is None or (found[2] and not _UNITS[found[3]]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with k, M, G or T")
-    return int(digits) << _UNITS[unit]
+    whole, fraction = int(found[1]), found[2] or ""
+    scale: int = 10 ** len(fraction)
+    return (whole * scale + int(fraction or 0) << _UNITS[found[3]]) // scale
 
 
 def add_force_share(group: argparse._ArgumentGroup) -> None:

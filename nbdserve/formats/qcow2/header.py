@@ -106,6 +106,7 @@ class Header:
     Attributes:
         size: length of the disk.
         incompatible: the feature bits that are set, all of them handled.
+        compatible: feature bits that may be ignored.
         autoclear: features that must be cleared before the image is changed, unless they are kept right.
         backing_name, backing_format: as the image says; None when it has no backing file, or does not say.
         data_name: the external data file; None when the image has none, or does not say.
@@ -124,6 +125,7 @@ class Header:
     snapshots: int
     snapshots_offset: int
     incompatible: Incompatible
+    compatible: int
     autoclear: int
     compression: CompressionType
     encryption: Encryption
@@ -216,6 +218,7 @@ class _Reader:
             snapshots=first.nb_snapshots,
             snapshots_offset=first.snapshots_offset,
             incompatible=self.incompatible,
+            compatible=self.second["compatible_features"],
             autoclear=self.second["autoclear_features"],
             compression=self._compression(),
             encryption=self._encryption(),
