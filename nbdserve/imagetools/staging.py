@@ -20,8 +20,11 @@ from nbdserve.block import HostFile
 
 
 @contextmanager
-def staged(path: str) -> Iterator[str]:
+def staged(path: str, *, beside: bool = False) -> Iterator[str]:
     """Where to make the image in the with-block, at the end of which it gets its name; an error leaves the old one.
+
+    Args:
+        beside: it is one file, which has to find others from the directory where it is to be.
 
     Raises:
         OpenError: what has the name now is neither a file nor absent.
@@ -36,15 +39,19 @@ def staged(path: str) -> Iterator[str]:
             locking.lock(file, locking.WRITER)
             former = os.fstat(file.fd)
         stage = tempfile.mkdtemp(prefix=f".{base[:200]}.", suffix=".partial", dir=folder)
+        made = f"{stage}.file" if beside else os.path.join(stage, base)
         try:
-            made = os.path.join(stage, base)
             yield made
+            if beside:
+                os.rename(made, os.path.join(stage, base))
             _sync(stage)
             if former is not None:
-                _inherit(made, former)
+                _inherit(os.path.join(stage, base), former)
             _publish(stage, folder, base)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{stage}.file")
 
 
 def is_device(path: str) -> bool:
