@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nbdserve.block import BlockDevice, Zero
+from nbdserve.block import BlockDevice, Computed, Extent, Zero
 from nbdserve.block.file import ReadBuffer
 
 PIECE = 2 << 20  # bytes read and written at once
@@ -123,13 +123,27 @@ class Copy:
         """(start, end) of what has to be read, in whole units; ranges may touch, but do not overlap."""
         size, unit = self.source.size, self.unit
         offset = told = 0
-        for extent in self.source.extents(0, size):
+        for extent in self._extents():
             low, offset = offset, offset + extent.length
             if extent.depth if self.only_top else self.sparse and isinstance(extent, Zero):
                 continue
             start, told = max(told, low // unit * unit), max(told, min(size, -(-offset // unit) * unit))
             if start < told:
                 yield start, told
+
+    def _extents(self) -> Iterator[Extent]:
+        """The source's extents; what the map cannot tell has to be tried."""
+        offset, size = 0, self.source.size
+        while offset < size:
+            try:
+                for extent in self.source.extents(offset, size - offset):
+                    yield extent
+                    offset += extent.length
+            except OSError:
+                if self.unreadable is None:
+                    raise
+                yield Computed(min(_SECTOR, size - offset))
+                offset += _SECTOR
 
     # Reading and writing
 

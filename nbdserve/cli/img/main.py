@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -80,6 +81,7 @@ def build_parser(verbs: Iterable[str]) -> Parser:
 
 def main() -> NoReturn:
     """The command `nbdimg`."""
+    gc.disable()  # until the work begins: nothing of what is set up is garbage
     verb = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in VERBS else None
     parser = build_parser([verb] if verb else [])
     options = parser.parse_args()
@@ -90,4 +92,6 @@ def main() -> NoReturn:
     if verb is None:
         parser.error(f"what is to be done? Give a verb first: {', '.join(VERBS)}")
     module = module_of(verb)
+    gc.freeze()
+    gc.enable()
     run(PROGRAM, lambda: module.run(options), failure=getattr(module, "FAILURE", 1))
