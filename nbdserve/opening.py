@@ -101,6 +101,7 @@ def look_into(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,
+    read_only: bool = True,
     force_share: bool = False,
     policy: ReferencePolicy | None = None,
     warn: Callable[[str], None] = lambda line: None,
@@ -109,8 +110,8 @@ def look_into(
     name = os.fspath(path)
     chain = _Chain(policy or ReferencePolicy(), warn, force_share)
     try:
-        file, below = chain._open_file(name, name, _anywhere, writable=False)
-        return below.image_file(file, format)
+        file, below = chain._open_file(name, name, _anywhere, writable=not read_only)
+        return below.image_file(file, format, read_only)
     except OSError as error:
         raise OpenError(f"{error.filename or name}: {error.strerror}") from None
 
@@ -121,7 +122,7 @@ class ImageFile:
 
     Attributes:
         format: a name of formats.FORMATS.
-        options: for opening the image in the file, read-only.
+        options: for opening the image in the file.
     """
 
     file: HostFile
@@ -136,7 +137,7 @@ class ImageFile:
             OpenError: with the reason in one line.
         """
         file, below = self._chain.open_reference_file(self.file.name, name, format)
-        return below.image_file(file, format)
+        return below.image_file(file, format, read_only=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -208,10 +209,10 @@ class _Chain:
             file.close()
             raise
 
-    def image_file(self, file: HostFile, format: str | None) -> ImageFile:
+    def image_file(self, file: HostFile, format: str | None, read_only: bool) -> ImageFile:
         """The file that was opened last, with its format."""
         try:
-            return ImageFile(file, *self._choose(file, format, True, None))
+            return ImageFile(file, *self._choose(file, format, read_only, None))
         except BaseException:
             file.close()
             raise
