@@ -67,6 +67,7 @@ def open_image(
     snapshot: str | None = None,
     policy: ReferencePolicy | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    writable_depth: int = 0,
 ) -> BlockDevice:
     """Open an image with everything it stands on.
 
@@ -79,6 +80,7 @@ def open_image(
         snapshot: show this internal snapshot (by name or ID), which makes the device read-only.
         policy: what the image may refer to.
         warn: told, in one line, of what the user should know.
+        writable_depth: open the image so many links below for writing as well, which is what commit needs.
 
     Raises:
         Locked: another process uses the image in a way that excludes us.
@@ -90,7 +92,7 @@ def open_image(
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
     if is_remote(name):
         return _connect(name, format, read_only, snapshot)
-    chain = _Chain(policy or ReferencePolicy(), warn, force_share)
+    chain = _Chain(policy or ReferencePolicy(), warn, force_share, writable_depth=writable_depth)
     try:
         return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
@@ -106,7 +108,10 @@ def look_into(
     policy: ReferencePolicy | None = None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ImageFile:
-    """Open the first file of an image, to read what it says of itself; arguments and errors as for open_image()."""
+    """Open the first file of an image, to read or change what it says of itself; nothing that it refers to is opened.
+
+    Arguments and errors are those of open_image().
+    """
     name = os.fspath(path)
     chain = _Chain(policy or ReferencePolicy(), warn, force_share)
     try:
@@ -185,6 +190,7 @@ class _Chain:
         above: their names, for messages.
         seen: their devices and inodes.
         may_refer: whether the last one may name further files.
+        writable_depth: how many links below the first one the image lies that is opened for writing as well.
     """
 
     policy: ReferencePolicy
@@ -194,6 +200,7 @@ class _Chain:
     above: tuple[str, ...] = ()
     seen: frozenset[tuple[int, int]] = frozenset()
     may_refer: bool = True
+    writable_depth: int = 0
 
     def open(self, path: str, *, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
         """Open the image that the user names, with all that it refers to."""
@@ -286,16 +293,19 @@ class _Chain:
         """What opens the files that `owner`, the last of the chain, refers to."""
 
         def open_reference(name: str, format: str | None) -> BlockDevice:
-            file, below = self.open_reference_file(owner, name, format)
-            return below.open_image(file, format, read_only=True, snapshot=None)
+            writable = len(self.above) == self.writable_depth
+            file, below = self.open_reference_file(owner, name, format, writable=writable)
+            return below.open_image(file, format, read_only=not writable, snapshot=None)
 
         return open_reference
 
-    def open_reference_file(self, owner: str, name: str, format: str | None) -> tuple[HostFile, _Chain]:
-        """Open, to be read, the first file of an image that `owner` refers to."""
+    def open_reference_file(
+        self, owner: str, name: str, format: str | None, *, writable: bool = False
+    ) -> tuple[HostFile, _Chain]:
+        """Open the first file of an image that `owner` refers to."""
         if format is not None and ALIASES.get(format, format) not in FORMATS:
             raise OpenError(f"{owner}: its backing file is said to be {format!r}, which is not supported")
-        return self.open_referred(owner, name, writable=False)
+        return self.open_referred(owner, name, writable=writable)
 
     def file_opener(self, owner: str) -> OpenFile:
         """What opens, as they are, the files that `owner` consists of besides its own; never an image above it."""

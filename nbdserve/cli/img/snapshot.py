@@ -47,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
         (Change.DELETE, options.delete),
     ):
         if name is not None:
-            change_snapshots(
-                options.image, change, name, format=options.format, policy=policy_of(options), warn=warn
-            )
+            change_snapshots(options.image, change, name, format=options.format, policy=policy_of(options), warn=warn)
             return 0
     found = list_snapshots(
         options.image, format=options.format, force_share=options.force_share, policy=policy_of(options)

@@ -16,6 +16,7 @@
     bitmaps               persistent bitmaps, kept right
     snapshot_table        the directory of internal snapshots
     snapshots, resizing   for image tools: make, apply and delete snapshots; another length
+    relinking             likewise: another backing file
     create, preallocation new images
 
 The specification is QEMU's docs/interop/qcow2.

@@ -55,11 +55,13 @@ FIRST_SIZE = FIRST_HEADER.sizeof()
 FULL_SIZE = FIRST_SIZE + SECOND_HEADER.sizeof()
 
 # Where the fields lie that are changed.
+BACKING_FIELDS = 8  # offset of the name (8 bytes), its length (4)
 DISK_FIELDS = 24  # size (8 bytes), encryption (4), L1 entries (4), L1 offset (8)
 REFCOUNT_TABLE_FIELDS = 48  # offset (8), clusters (4)
 SNAPSHOT_FIELDS = 60  # count (4), offset (8)
 INCOMPATIBLE_FIELD = 72  # 8 bytes
 AUTOCLEAR_FIELD = 88  # 8 bytes
+HEADER_LENGTH_FIELD = 100  # 4 bytes
 
 
 class Incompatible(IntFlag):
