@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "partitions", "List partitions, and the commands that reach them.", EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", help="file, block device or NBD URI")
     add_format(parser)
-    parser.add_argument("-l", "--snapshot", metavar="NAME", help="of an internal snapshot (name or ID)")
+    parser.add_argument("--snapshot", metavar="NAME", help="of an internal snapshot (name or ID)")
     add_output(parser)
     add_opening(parser)
 
