@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nbdserve.cli.common import byte_size
@@ -31,15 +31,17 @@ def wants_help(texts: list[str]) -> bool:
     return any(part in ("help", "?") for text in texts for part in text.split(","))
 
 
-def help_lines(format: str) -> Iterator[str]:
-    """The list of a format's options."""
+def help_lines(format: str, only: Sequence[str] = ()) -> Iterator[str]:
+    """The list of a format's options, or of some of them."""
     yield f"options of {format}:"
     for name, option in sorted(OPTIONS[format].items()):
+        if only and name not in only:
+            continue
         value = "|".join(option.choices) or option.kind.value
         yield f"  {name}={value:30} {option.help}"
 
 
-def parse_options(format: str, texts: list[str]) -> dict[str, Any]:
+def parse_options(format: str, texts: list[str], *, may_be_empty: Sequence[str] = ()) -> dict[str, Any]:
     """What the user wrote, checked against what the format has.
 
     Raises:
@@ -51,6 +53,9 @@ def parse_options(format: str, texts: list[str]) -> dict[str, Any]:
         option = OPTIONS[format].get(name)
         if option is None:
             raise OpenError(f"-o {name}: {format} has no such option; it has {', '.join(sorted(OPTIONS[format]))}")
+        if equals and not text and name in may_be_empty:
+            values[name] = ""
+            continue
         values[name] = _value(name, option, text if equals else None)
     return values
 

@@ -60,6 +60,7 @@ DISK_FIELDS = 24  # size (8 bytes), encryption (4), L1 entries (4), L1 offset (8
 REFCOUNT_TABLE_FIELDS = 48  # offset (8), clusters (4)
 SNAPSHOT_FIELDS = 60  # count (4), offset (8)
 INCOMPATIBLE_FIELD = 72  # 8 bytes
+COMPATIBLE_FIELD = 80  # 8 bytes
 AUTOCLEAR_FIELD = 88  # 8 bytes
 HEADER_LENGTH_FIELD = 100  # 4 bytes
 

@@ -41,6 +41,12 @@ class WritableQcow2Image(AllocatingImage):
         if tracker is not None:
             self._refuse_overwrites()
 
+    def stop_tracking(self) -> None:
+        """Vouch for the bitmaps as they are, to change them; the guest's disk must not be written from now on."""
+        if self._tracker is not None:
+            self._tracker.finish(self._tracker.add_bits(self.allocator))
+            self._tracker = None
+
     # Every write is noted, so none may bypass this class where there is something to note
 
     def touch(self, offset: int, length: int) -> None:
