@@ -6,13 +6,14 @@ sparse. Pieces begin at multiples of their size, so that no two threads meet in 
 
 from __future__ import annotations
 
+import fcntl
+import struct
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from nbdserve.block import BlockDevice, Computed, Extent, Zero
+from nbdserve.block import BlockDevice, Computed, Data, Extent, HostFile, HostOffset, Zero
 from nbdserve.block.file import ReadBuffer
 
 PIECE = 2 << 20  # bytes read and written at once
@@ -20,6 +21,10 @@ _UNIT = 64 << 10  # bytes; smaller holes are not worth a request of their own
 _SECTOR = 512
 _ZEROS = bytes(PIECE)
 _LONGEST_ZEROS = 1 << 30  # bytes zeroed at once, so that a cancelled copy ends soon
+_FICLONERANGE = 0x4020940D  # include/uapi/linux/fs.h
+
+Fill: TypeAlias = Callable[[HostFile, HostOffset, int, int], None]
+"""Puts bytes in place: the file, where in it, the offset of the first one in the disk, how many."""
 
 
 class Piece(NamedTuple):
@@ -37,6 +42,8 @@ class Copy:
     Attributes:
         source, target: the disks; the target is at least as long.
         write: how data gets to the target.
+        place: finds places in host files for data, and lets them be filled; None where there are none. Where the host's
+            file system can, blocks are shared there instead of copied.
         blank: the target reads as zeros, so zeros need not be written.
         sparse: runs of so many zero bytes, at multiples of as many, are not written as data; 0: all is.
         unit: data is copied in multiples of so many bytes, a power of two.
@@ -48,6 +55,7 @@ class Copy:
     source: BlockDevice
     target: BlockDevice
     write: Callable[[int, ReadBuffer], None]
+    place: Callable[[int, int, Fill], None] | None = None
     blank: bool = True
     sparse: int = 4096
     unit: int = _UNIT
@@ -57,6 +65,7 @@ class Copy:
     position: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
+    _failure: BaseException | None = None
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Copy all.
@@ -68,19 +77,32 @@ class Copy:
             OSError: reading or writing failed.
         """
         pieces = self._pieces()
-        with ThreadPoolExecutor(self.workers) as pool:
-            try:
-                running = {pool.submit(self._work, pieces) for _ in range(self.workers)}
-                while running:
-                    done, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-                    for each in done:
-                        each.result()
+        threads = [threading.Thread(target=self._work, args=(pieces,), daemon=True) for _ in range(self.workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
                     progress(self.position)
-            finally:
-                self._stopped = True  # after an error or Ctrl-C the others end with the piece they are at
+        finally:
+            self._stopped = True  # after an error or Ctrl-C the others end with the piece they are at
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self._failure is not None:
+            raise self._failure
         progress(self.source.size)
 
     def _work(self, pieces: Iterator[Piece]) -> None:
+        """What a thread does; the first failure ends all of them."""
+        try:
+            self._copy(pieces)
+        except BaseException as error:
+            self._failure = self._failure or error
+            self._stopped = True
+
+    def _copy(self, pieces: Iterator[Piece]) -> None:
         buffer = bytearray(min(PIECE, self.source.size))
         while not self._stopped:
             with self._lock:
@@ -91,9 +113,30 @@ class Copy:
             if piece.zero:
                 self._write_zeros(piece.offset, piece.length)
             else:
+                if self.place is not None and self._share(piece, self.place):
+                    continue
                 view = memoryview(buffer)[: piece.length]
                 self._read(piece.offset, view)
                 self._write(piece.offset, buffer, piece.length)
+
+    def _share(self, piece: Piece, place: Callable[[int, int, Fill], None]) -> bool:
+        """Let source and target share the blocks of a piece that lies verbatim in a host file; False: it has to be
+        copied. The first failure ends all attempts."""
+        try:
+            with self.source.pins.held():
+                extent = self.source.map(piece.offset, piece.length)
+                if not isinstance(extent, Data) or extent.length < piece.length:
+                    return False
+                start = extent.host_offset - piece.offset
+
+                def fill(file: HostFile, host_offset: HostOffset, offset: int, length: int) -> None:
+                    share_blocks(extent.file, start + offset, file, host_offset, length)
+
+                place(piece.offset, piece.length, fill)
+        except OSError:  # whatever it is: if copying meets it as well, it will be told
+            self.place = None
+            return False
+        return True
 
     # Which pieces
 
@@ -189,6 +232,16 @@ class Copy:
             start = high
         if start < length:
             self.write(offset + start, view[start:])
+
+
+def share_blocks(source: HostFile, source_offset: int, target: HostFile, target_offset: int, length: int) -> None:
+    """Let two files share blocks of their file system (ioctl_ficlonerange(2)).
+
+    Raises:
+        OSError: that file system, or these offsets, do not allow it.
+    """
+    request = struct.pack("qQQQ", source.fd, source_offset, length, target_offset)
+    fcntl.ioctl(target.fd, _FICLONERANGE, request)
 
 
 def _cut(start: int, stop: int, longest: int, *, zero: bool) -> Iterator[Piece]:

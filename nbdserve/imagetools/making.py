@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from nbdserve.block import BlockDevice
 from nbdserve.errors import OpenError
 from nbdserve.formats import ALIASES, FORMATS
-from nbdserve.formats.newfile import new_file
 from nbdserve.opening import known_format
 
 Values: TypeAlias = Mapping[str, int | bool | str]
@@ -150,6 +149,8 @@ def make_image(path: str, format: str, size: int, values: Values, backing: Backi
 
 
 def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None) -> None:
+    from nbdserve.formats.newfile import new_file
+
     with new_file(path) as file:
         file.truncate(size)
         match values.get("preallocation", "off"):

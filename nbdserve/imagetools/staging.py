@@ -9,9 +9,7 @@ leaves the former image or the new one under the name, and perhaps a directory w
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -38,7 +36,8 @@ def staged(path: str, *, beside: bool = False) -> Iterator[str]:
             file = held.enter_context(HostFile.open(path, writable=True))
             locking.lock(file, locking.WRITER)
             former = os.fstat(file.fd)
-        stage = tempfile.mkdtemp(prefix=f".{base[:200]}.", suffix=".partial", dir=folder)
+        stage = os.path.join(folder, f".{base[:200]}.{os.urandom(4).hex()}.partial")
+        os.mkdir(stage, 0o700)
         made = f"{stage}.file" if beside else os.path.join(stage, base)
         try:
             yield made
@@ -49,8 +48,11 @@ def staged(path: str, *, beside: bool = False) -> Iterator[str]:
                 _inherit(os.path.join(stage, base), former)
             _publish(stage, folder, base)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what led here is what the user has to hear
+                for name in os.listdir(stage):
+                    os.unlink(os.path.join(stage, name))
+                os.rmdir(stage)
+            with suppress(OSError):
                 os.unlink(f"{stage}.file")
 
 

@@ -171,3 +171,32 @@ def test_refusals(tmp_path: Path) -> None:
         assert words in message
         assert len(message.splitlines()) == 1
     assert os.listdir(tmp_path) == ["source.raw"]
+
+
+@needs("mkfs.btrfs", "mount", "qemu-img")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_blocks_are_shared_where_the_file_system_can(tmp_path: Path, format: str) -> None:
+    disk, folder = tmp_path / "btrfs", tmp_path / "mnt"
+    folder.mkdir()
+    with open(disk, "wb") as file:
+        file.truncate(256 * MIB)
+    run("mkfs.btrfs", "-q", disk)
+    run("mount", "-o", "loop", disk, folder)
+    try:
+        source, target = folder / "source.raw", folder / "target"
+        content = os.urandom(40 * MIB) + bytes(3 * MIB) + os.urandom(5 * MIB + 512)
+        source.write_bytes(content)
+        run("sync", "-f", folder)
+        before = os.statvfs(folder).f_bfree
+        nbdimg("convert", "-f", "raw", "-O", format, source, target)
+        run("sync", "-f", folder)
+        taken = (before - os.statvfs(folder).f_bfree) * os.statvfs(folder).f_frsize
+        assert taken < 8 * MIB, "blocks were copied"
+        assert run("qemu-img", "compare", "-f", "raw", "-F", format, source, target)
+        if format == "qcow2":
+            qemu_check(target)
+            nbdimg("convert", "-O", "raw", target, folder / "back.raw")
+            assert (folder / "back.raw").read_bytes() == content
+    finally:
+        run("umount", folder)

@@ -51,7 +51,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--target-partition", metavar="N", help="write into partition N of the image that is there")
     parser.add_argument("--skip-errors", metavar="MAP", help="go on past what cannot be read, and list it in this file")
     parser.add_argument("--salvage", action="store_true", help="go on past what cannot be read")
-    parser.add_argument("-m", "--threads", type=int, choices=range(1, 17), default=4, metavar="N", help="default: 4")
+    parser.add_argument("-m", "--threads", type=int, choices=range(1, 17), metavar="N", help="default: by processors")
     parser.add_argument("-W", action="store_true", help="write in any order (always so)")
     add_progress(parser)
     add_opening(parser)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         existing=options.existing or options.target_partition is not None,
         partition=options.target_partition,
         blank=options.target_is_zero,
-        workers=options.threads,
+        workers=options.threads or max(2, min(8, os.cpu_count() or 2)),
     )
     if (
         os.path.exists(options.target)
