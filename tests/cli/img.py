@@ -17,7 +17,7 @@ NBDIMG = [sys.executable, "-c", "from nbdserve.cli.img.main import main; main()"
 
 def nbdimg(*arguments: str | Path, status: int = 0) -> str:
     """What a command prints that ends with the expected status; after a failure with what it says on stderr."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = _stream(), _stream()
     argv = ["nbdimg", *map(str, arguments)]
     try:
         with patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
@@ -27,5 +27,17 @@ def nbdimg(*arguments: str | Path, status: int = 0) -> str:
     finally:
         gc.enable()
         gc.unfreeze()
-    assert code == status, f"{argv} -> {code}\n{out.getvalue()}{err.getvalue()}"
-    return out.getvalue() if status == 0 else out.getvalue() + err.getvalue()
+    printed, said = _text(out), _text(err)
+    assert code == status, f"{argv} -> {code}\n{printed}{said}"
+    return printed if status == 0 else printed + said
+
+
+def _stream() -> io.TextIOWrapper:
+    """What takes text and, as its buffer, the bytes of files."""
+    return io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def _text(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode("utf-8", "surrogateescape")
