@@ -67,6 +67,7 @@ def open_image(
     snapshot: str | None = None,
     policy: ReferencePolicy | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    writable_depth: int = 0,
 ) -> BlockDevice:
     """Open an image with everything it stands on.
 
@@ -79,6 +80,7 @@ def open_image(
         snapshot: show this internal snapshot (by name or ID), which makes the device read-only.
         policy: what the image may refer to.
         warn: told, in one line, of what the user should know.
+        writable_depth: open the image so many links below for writing as well, which is what commit needs.
 
     Raises:
         Locked: another process uses the image in a way that excludes us.
@@ -88,13 +90,74 @@ def open_image(
     read_only = read_only or snapshot is not None
     if force_share and not read_only:
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
-    if _IS_NBD_URI.match(name):
+    if is_remote(name):
         return _connect(name, format, read_only, snapshot)
-    chain = _Chain(policy or ReferencePolicy(), warn, force_share)
+    chain = _Chain(policy or ReferencePolicy(), warn, force_share, writable_depth=writable_depth)
     try:
         return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
         raise OpenError(f"{error.filename or name}: {error.strerror}") from None
+
+
+def look_into(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    force_share: bool = False,
+    policy: ReferencePolicy | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> ImageFile:
+    """Open the first file of an image, to read or change what it says of itself; nothing that it refers to is opened.
+
+    Arguments and errors are those of open_image().
+    """
+    name = os.fspath(path)
+    chain = _Chain(policy or ReferencePolicy(), warn, force_share)
+    try:
+        file, below = chain._open_file(name, name, _anywhere, writable=not read_only)
+        return below.image_file(file, format, read_only)
+    except OSError as error:
+        raise OpenError(f"{error.filename or name}: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file of a chain, open and locked; all that is known of its content is the format.
+
+    Attributes:
+        format: a name of formats.FORMATS.
+        options: for opening the image in the file.
+    """
+
+    file: HostFile
+    format: str
+    options: OpenOptions
+    _chain: _Chain
+
+    def look_below(self, name: str, format: str | None) -> ImageFile:
+        """Open, as look_into() does, a file that this one says it stands on, if the policy allows that.
+
+        Raises:
+            OpenError: with the reason in one line.
+        """
+        file, below = self._chain.open_reference_file(self.file.name, name, format)
+        return below.image_file(file, format, read_only=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def __enter__(self) -> ImageFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_remote(name: str) -> bool:
+    """Whether open_image() takes a name for an NBD URI."""
+    return _IS_NBD_URI.match(name) is not None
 
 
 def _connect(uri: str, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
@@ -127,6 +190,7 @@ class _Chain:
         above: their names, for messages.
         seen: their devices and inodes.
         may_refer: whether the last one may name further files.
+        writable_depth: how many links below the first one the image lies that is opened for writing as well.
     """
 
     policy: ReferencePolicy
@@ -136,6 +200,7 @@ class _Chain:
     above: tuple[str, ...] = ()
     seen: frozenset[tuple[int, int]] = frozenset()
     may_refer: bool = True
+    writable_depth: int = 0
 
     def open(self, path: str, *, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
         """Open the image that the user names, with all that it refers to."""
@@ -145,8 +210,16 @@ class _Chain:
     def open_image(self, file: HostFile, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
         """The image in the file that was opened last."""
         try:
-            name, options = self._choose(file, format, read_only, snapshot)
+            name, options, _ = self._choose(file, format, read_only, snapshot)
             return FORMATS[name](file, options)
+        except BaseException:
+            file.close()
+            raise
+
+    def image_file(self, file: HostFile, format: str | None, read_only: bool) -> ImageFile:
+        """The file that was opened last, with its format."""
+        try:
+            return ImageFile(file, *self._choose(file, format, read_only, None))
         except BaseException:
             file.close()
             raise
@@ -188,7 +261,8 @@ class _Chain:
 
     def _choose(
         self, file: HostFile, format: str | None, read_only: bool, snapshot: str | None
-    ) -> tuple[str, OpenOptions]:
+    ) -> tuple[str, OpenOptions, _Chain]:
+        """The format of the file that was opened last, how to open it, and the chain for what it refers to."""
         guessed = format is None
         name = probe(file) if format is None else known_format(format)
         if name not in FORMATS:
@@ -205,7 +279,7 @@ class _Chain:
                     f"{file.name}: no format was given and none recognised, so it is served as raw, and its first "
                     "sector is protected; say --format raw to lift that"
                 )
-        return name, OpenOptions(
+        options = OpenOptions(
             read_only,
             below.reference_opener(file.name),
             snapshot,
@@ -213,17 +287,25 @@ class _Chain:
             below.file_opener(file.name),
             self.warn,
         )
+        return name, options, below
 
     def reference_opener(self, owner: str) -> OpenReference:
         """What opens the files that `owner`, the last of the chain, refers to."""
 
         def open_reference(name: str, format: str | None) -> BlockDevice:
-            if format is not None and ALIASES.get(format, format) not in FORMATS:
-                raise OpenError(f"{owner}: its backing file is said to be {format!r}, which is not supported")
-            file, below = self.open_referred(owner, name, writable=False)
-            return below.open_image(file, format, read_only=True, snapshot=None)
+            writable = len(self.above) == self.writable_depth
+            file, below = self.open_reference_file(owner, name, format, writable=writable)
+            return below.open_image(file, format, read_only=not writable, snapshot=None)
 
         return open_reference
+
+    def open_reference_file(
+        self, owner: str, name: str, format: str | None, *, writable: bool = False
+    ) -> tuple[HostFile, _Chain]:
+        """Open the first file of an image that `owner` refers to."""
+        if format is not None and ALIASES.get(format, format) not in FORMATS:
+            raise OpenError(f"{owner}: its backing file is said to be {format!r}, which is not supported")
+        return self.open_referred(owner, name, writable=writable)
 
     def file_opener(self, owner: str) -> OpenFile:
         """What opens, as they are, the files that `owner` consists of besides its own; never an image above it."""

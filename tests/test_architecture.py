@@ -25,7 +25,7 @@ ARROWS = {
     "client": {"errors", "protocol", "block", "tls"},
     "server": {"errors", "protocol", "block", "tls"},
     "opening": {"errors", "formats", "partitions", "client", "block", "locking"},
-    "imagetools": {"errors", "opening", "formats", "block"},
+    "imagetools": {"errors", "opening", "formats", "block", "locking"},
     "kernel": {"errors", "protocol"},
     "cli": {
         *("errors", "server", "imagetools", "kernel", "opening", "client", "protocol", "block", "tls", "certificates"),

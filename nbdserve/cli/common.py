@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from nbdserve.errors import NbdserveError
 
-_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
+_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?", re.ASCII)
 
 
 def byte_size(text: str) -> int:
-    """A number of bytes as qemu-img reads it: 512, 64k, 1M, 2G (powers of 1024)."""
-    lowered = text.lower().removesuffix("ib")
-    unit = lowered[-1:] if lowered[-1:].isalpha() else ""
-    digits = lowered.removesuffix(unit)
-    if unit not in _UNITS or not digits.isascii() or not digits.isdigit():
+    """A number of bytes as qemu-img reads it: 512, 64k, 1M, 1.5G (powers of 1024)."""
+    found = _SIZE.fullmatch(text.lower())
+    if found is None or (found[2] and not _UNITS[found[3]]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with k, M, G or T")
-    return int(digits) << _UNITS[unit]
+    whole, fraction = int(found[1]), found[2] or ""
+    scale: int = 10 ** len(fraction)
+    return (whole * scale + int(fraction or 0) << _UNITS[found[3]]) // scale
 
 
 def add_force_share(group: argparse._ArgumentGroup) -> None:
@@ -39,21 +41,23 @@ def say(program: str, line: str) -> None:
     print(f"{program}: {shown}", file=sys.stderr, flush=True)
 
 
-def run(program: str, command: Callable[[], None]) -> NoReturn:
-    """Run a command and leave with its exit status: 0, or 1 after one line that says what went wrong."""
+def run(program: str, command: Callable[[], int | None], *, failure: int = 1) -> NoReturn:
+    """Run a command and leave with the exit status that it returns, or with `failure` after one line that says why."""
+    status = failure
     try:
-        command()
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure is still reported
     except NbdserveError as error:
         say(program, str(error))
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         say(program, f"{name}{error.strerror or error}")
+        status = failure
     except KeyboardInterrupt:
         say(program, "interrupted")
-    else:
-        sys.exit(0)
     _flush_stdout()
-    sys.exit(1)
+    sys.exit(status)
 
 
 def _flush_stdout() -> None:

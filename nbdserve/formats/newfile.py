@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
@@ -28,7 +27,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if os.path.lexists(name):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
     directory, base = os.path.split(name)
-    temporary = os.path.join(directory, f".{base[:200]}.{secrets.token_hex(4)}.partial")
+    temporary = os.path.join(directory, f".{base[:200]}.{os.urandom(4).hex()}.partial")
     with open(temporary, "x+b") as file:
         try:
             yield file

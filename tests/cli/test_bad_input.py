@@ -295,7 +295,7 @@ def test_a_bad_revocation_list(raw: Path, tmp_path: Path, certificates: Certific
         (("a", "-p", "http"), "'http' is no port"),
         (("a", "-o", "1X"), "'1X' is no size"),
         (("a", "-o=-1"), "is no size"),
-        (("a", "--size", "1.5M"), "'1.5M' is no size"),
+        (("a", "--size", "1.5X"), "'1.5X' is no size"),
         (("a", "--size", ""), "is no size"),
         (("a", "-e", "0"), "'0' is no number of clients"),
         (("a", "-k", "s", "-p", "1"), "exclude each other"),

@@ -12,10 +12,12 @@
     allocating, writable  the disk, for writing
     subclusters           the same for extended L2 entries; writable_subclusters
     opening               a file -> an image
+    checking              a full check, for image tools
     repair                refcounts made anew for a dirty image
-    bitmaps               persistent bitmaps, kept right
+    bitmaps               persistent bitmaps, kept right; bitmap_editing: for image tools
     snapshot_table        the directory of internal snapshots
     snapshots, resizing   for image tools: make, apply and delete snapshots; another length
+    relinking             likewise: another backing file
     create, preallocation new images
 
 The specification is QEMU's docs/interop/qcow2.

@@ -33,7 +33,7 @@ _ENTRY = Struct(
     "extra_size" / Int32ub,
 )
 _FLAGS_AT = 12  # bytes into an entry
-_MAXIMUM_BITMAPS = 65535
+MAXIMUM_BITMAPS = 65535
 _MAXIMUM_DIRECTORY = 64 << 20  # bytes
 _MAXIMUM_TABLE = 8 << 20  # bytes
 _MAXIMUM_TRACKED = 64 << 20  # bytes of bits in memory, for all bitmaps together
@@ -85,7 +85,7 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     if len(header.bitmaps) != _EXTENSION.sizeof():
         raise FormatError(f"{name}: the extension for bitmaps has {len(header.bitmaps)} bytes; it is damaged")
     place = _EXTENSION.parse(header.bitmaps)
-    if not 0 < place.count <= _MAXIMUM_BITMAPS or place.size > _MAXIMUM_DIRECTORY:
+    if not 0 < place.count <= MAXIMUM_BITMAPS or place.size > _MAXIMUM_DIRECTORY:
         raise FormatError(f"{name}: announces {place.count} bitmaps in {place.size} bytes; the image is damaged")
     check_place(file, geometry, "bitmap directory", place.offset, place.size)
     content = bytes(file.read(place.offset, place.size))
@@ -101,7 +101,7 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
             or not 9 <= entry.granularity_bits <= 31
             or names + entry.name_size > len(content)
             or entry.table_entries * ENTRY_SIZE > _MAXIMUM_TABLE
-            or entry.table_entries != _table_entries(header.size, entry.granularity_bits, geometry)
+            or entry.table_entries != table_entries(header.size, entry.granularity_bits, geometry)
         ):
             raise FormatError(f"{name}: a bitmap does not fit the disk; the image is damaged")
         check_place(file, geometry, "bitmap table", entry.table_offset, entry.table_entries * ENTRY_SIZE)
@@ -120,7 +120,8 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     return found
 
 
-def _table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
+def table_entries(size: int, granularity_bits: int, geometry: Geometry) -> int:
+    """How many clusters the bits of a bitmap take."""
     bits = -(-size >> granularity_bits)
     return -(-bits // (8 * geometry.cluster_size))
 
@@ -137,6 +138,32 @@ def bitmap_places(file: HostFile, header: Header, bitmaps: list[Bitmap] | None =
         for entry in bitmap.table:
             if entry & header.geometry.offset_mask:
                 yield entry & header.geometry.offset_mask, header.geometry.cluster_size
+
+
+def build_bitmaps(bitmaps: list[Bitmap]) -> bytes:
+    """The directory as it lies on the disk."""
+    directory = b""
+    for bitmap in bitmaps:
+        name = bitmap.name.encode()
+        entry = _ENTRY.build(
+            {
+                "table_offset": bitmap.table_offset,
+                "table_entries": len(bitmap.table),
+                "flags": bitmap.flags,
+                "type": _DIRTY_TRACKING,
+                "granularity_bits": bitmap.granularity_bits,
+                "name_size": len(name),
+                "extra_size": 0,
+            }
+        )
+        directory += (entry + name).ljust(-(-(len(entry) + len(name)) // 8) * 8, b"\0")
+    return directory
+
+
+def build_place(count: int, size: int, offset: int) -> bytes:
+    """The extension that leads to a directory of `count` bitmaps, of `size` bytes."""
+    place: bytes = _EXTENSION.build({"count": count, "reserved": 0, "size": size, "offset": offset})
+    return place
 
 
 class BitmapTracker:

@@ -20,6 +20,7 @@ class Extension(IntEnum):
 
 _HEAD = Struct("type" / Int32ub, "length" / Int32ub)
 _FEATURE_NAME = Struct("kind" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+FEATURE_NAME_SIZE = _FEATURE_NAME.sizeof()  # bytes
 
 _NAMES = (
     (0, 0, b"dirty bit"),
@@ -53,7 +54,7 @@ def read_extensions(content: bytes, position: int) -> dict[int, bytes]:
     return found
 
 
-def build_extension(kind: Extension, data: bytes) -> bytes:
+def build_extension(kind: int, data: bytes) -> bytes:
     """An extension as it stands in the header."""
     head: bytes = _HEAD.build({"type": kind, "length": len(data)})
     return head + data.ljust(-(-len(data) // 8) * 8, b"\0")

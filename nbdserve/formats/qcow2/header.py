@@ -55,11 +55,14 @@ FIRST_SIZE = FIRST_HEADER.sizeof()
 FULL_SIZE = FIRST_SIZE + SECOND_HEADER.sizeof()
 
 # Where the fields lie that are changed.
+BACKING_FIELDS = 8  # offset of the name (8 bytes), its length (4)
 DISK_FIELDS = 24  # size (8 bytes), encryption (4), L1 entries (4), L1 offset (8)
 REFCOUNT_TABLE_FIELDS = 48  # offset (8), clusters (4)
 SNAPSHOT_FIELDS = 60  # count (4), offset (8)
 INCOMPATIBLE_FIELD = 72  # 8 bytes
+COMPATIBLE_FIELD = 80  # 8 bytes
 AUTOCLEAR_FIELD = 88  # 8 bytes
+HEADER_LENGTH_FIELD = 100  # 4 bytes
 
 
 class Incompatible(IntFlag):
@@ -106,6 +109,7 @@ class Header:
     Attributes:
         size: length of the disk.
         incompatible: the feature bits that are set, all of them handled.
+        compatible: feature bits that may be ignored.
         autoclear: features that must be cleared before the image is changed, unless they are kept right.
         backing_name, backing_format: as the image says; None when it has no backing file, or does not say.
         data_name: the external data file; None when the image has none, or does not say.
@@ -124,6 +128,7 @@ class Header:
     snapshots: int
     snapshots_offset: int
     incompatible: Incompatible
+    compatible: int
     autoclear: int
     compression: CompressionType
     encryption: Encryption
@@ -216,6 +221,7 @@ class _Reader:
             snapshots=first.nb_snapshots,
             snapshots_offset=first.snapshots_offset,
             incompatible=self.incompatible,
+            compatible=self.second["compatible_features"],
             autoclear=self.second["autoclear_features"],
             compression=self._compression(),
             encryption=self._encryption(),

@@ -178,6 +178,16 @@ class Qcow2Image(MappedImage):
         is_data, length = self.data_file.data_extent(host, min(length, in_file))
         return Data(length, self.data_file, HostOffset(host)) if is_data else Zero(length, allocated=True)
 
+    def place_of(self, offset: int) -> tuple[HostOffset, bool] | None:
+        """Where in the data file the byte at a guest offset has its place, and whether the table says that it reads as
+        zeros all the same; None where it has none that holds it verbatim."""
+        table = self._mapping.table(offset >> self._table_shift)
+        entry = 0 if table is None else table[offset >> self._cluster_bits & self._index_mask]
+        if entry & COMPRESSED or not self._geometry.is_placed(entry):
+            return None
+        host = (entry & self._geometry.offset_mask) + (offset & self._cluster_mask)
+        return HostOffset(host), bool(entry & ZERO)
+
     def _check(self, entry: int, offset: int) -> None:
         """Refuse a standard L2 entry that cannot be right.
 

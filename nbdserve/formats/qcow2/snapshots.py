@@ -60,7 +60,7 @@ def create_snapshot(image: WritableQcow2Image, name: str) -> Snapshot:
     with _dirty(image):
         _share(image, image.mapping.l1)
         l1 = _without_copied(image)
-        l1_offset = _write_row(image, table_bytes(l1))
+        l1_offset = write_row(image, table_bytes(l1))
         now = time.time_ns()
         snapshot = Snapshot(
             id=str(1 + max((int(each.id) for each in snapshots if each.id.isdecimal()), default=0)),
@@ -90,14 +90,14 @@ def apply_snapshot(image: WritableQcow2Image, wanted: str) -> None:
         kept = read_table(file, snapshot.l1_offset, snapshot.l1_entries)
         _share(image, kept)
         l1 = array("Q", (entry & NOT_COPIED for entry in kept))
-        l1_offset = _write_row(image, table_bytes(l1))
+        l1_offset = write_row(image, table_bytes(l1))
         old, old_offset = image.mapping.l1, image.mapping.l1_offset
         image.mapping.replace_l1(l1, l1_offset)
         write_disk_fields(image, snapshot.size)
         image.touch(0, image.size)
         image.size = snapshot.size
         _drop(image, old)
-        _free_tables(image, old_offset, len(old) * ENTRY_SIZE)
+        free_tables(image, old_offset, len(old) * ENTRY_SIZE)
 
 
 def delete_snapshot(image: WritableQcow2Image, wanted: str) -> None:
@@ -113,7 +113,7 @@ def delete_snapshot(image: WritableQcow2Image, wanted: str) -> None:
         l1 = read_table(image.file, snapshot.l1_offset, snapshot.l1_entries)
         _publish_table(image, [each for each in snapshots if each is not snapshot])
         _drop(image, l1)
-        _free_tables(image, snapshot.l1_offset, len(l1) * ENTRY_SIZE)
+        free_tables(image, snapshot.l1_offset, len(l1) * ENTRY_SIZE)
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def _write_header(image: WritableQcow2Image, offset: int, fields: bytes) -> None
     image.file.sync()
 
 
-def _write_row(image: WritableQcow2Image, content: bytes) -> int:
+def write_row(image: WritableQcow2Image, content: bytes) -> int:
     """Write a table to a new place, which is counted and on stable storage afterwards; returns its offset."""
     size = image.header.geometry.cluster_size
     clusters = -(-len(content) // size)
@@ -156,14 +156,14 @@ def _publish_table(image: WritableQcow2Image, snapshots: list[Snapshot]) -> None
     """Let the header lead to a new directory of snapshots."""
     _, old_length = read_snapshots(image.file, image.header)
     old_offset = image.header.snapshots_offset
-    offset = _write_row(image, build_snapshots(snapshots))
+    offset = write_row(image, build_snapshots(snapshots))
     image.flush()
     _write_header(image, SNAPSHOT_FIELDS, len(snapshots).to_bytes(4, "big") + offset.to_bytes(8, "big"))
     image.header = replace(image.header, snapshots=len(snapshots), snapshots_offset=offset)
-    _free_tables(image, old_offset, old_length)
+    free_tables(image, old_offset, old_length)
 
 
-def _free_tables(image: WritableQcow2Image, offset: int, length: int) -> None:
+def free_tables(image: WritableQcow2Image, offset: int, length: int) -> None:
     bits = image.header.geometry.cluster_bits
     if length:
         first, count = offset >> bits, -(-length >> bits)

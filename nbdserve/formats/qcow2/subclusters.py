@@ -66,6 +66,13 @@ class SubclusterImage(Qcow2Image):
         index = (offset >> self._cluster_bits & self._index_mask) << 1
         return self.locate(offset, length) if table[index] & COPIED and table[index] & NOT_COPIED else None
 
+    def place_of(self, offset: int) -> tuple[HostOffset, bool] | None:
+        table = self._mapping.table(offset >> self._table_shift)
+        if table is None:
+            return None
+        kind, host, _ = self._run(table, offset)
+        return (HostOffset(host), kind == _ZERO) if kind == _DATA or (kind == _ZERO and host) else None
+
     def _is_allocated(self, bitmap: int, inside: int, length: int) -> bool:
         """Whether the subclusters of a range inside one cluster all have their data in it."""
         if bitmap == ALL_SUBCLUSTERS:

@@ -6,10 +6,12 @@ Allocation is in allocating.py; how what was published reaches the disk, and cra
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.file import ReadBuffer
+from nbdserve.block.extents import HostOffset
+from nbdserve.block.file import HostFile, ReadBuffer
 from nbdserve.formats.qcow2.allocating import AllocatingImage
 from nbdserve.formats.qcow2.bitmaps import BitmapTracker
 from nbdserve.formats.qcow2.compression import CompressedClusters, pack_cluster
@@ -17,6 +19,9 @@ from nbdserve.formats.qcow2.entries import ALL_SUBCLUSTERS, COPIED, ENTRY_SIZE
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.space import HostSpace
+
+Fill: TypeAlias = Callable[[HostFile, HostOffset, int, int], None]
+"""Puts bytes in place: the file, where in it, the guest offset of the first one, how many."""
 
 
 class WritableQcow2Image(AllocatingImage):
@@ -40,6 +45,12 @@ class WritableQcow2Image(AllocatingImage):
         self._tracker = tracker
         if tracker is not None:
             self._refuse_overwrites()
+
+    def stop_tracking(self) -> None:
+        """Vouch for the bitmaps as they are, to change them; the guest's disk must not be written from now on."""
+        if self._tracker is not None:
+            self._tracker.finish(self._tracker.add_bits(self.allocator))
+            self._tracker = None
 
     # Every write is noted, so none may bypass this class where there is something to note
 
@@ -65,6 +76,40 @@ class WritableQcow2Image(AllocatingImage):
         super().discard(offset, length)
 
     # Whole clusters
+
+    def write_clusters(self, offset: int, length: int, fill: Fill) -> None:
+        """Write clusters that nobody else writes to meanwhile. Their place is reserved and published as write() does
+        it, but filled without the allocation lock, so that several threads can do that at once.
+
+        Args:
+            offset: a multiple of the cluster size; so is length, or the range ends at the end of the disk.
+            fill: see Fill.
+        """
+        self.touch(offset, length)
+        end = offset + length
+        while offset < end:
+            self._flush_if_due()
+            with self._allocating:
+                place = self.writable_extent(offset, end - offset)
+                reservation = None if place is not None else self.reserve(offset, end - offset)
+            if reservation is None:
+                assert place is not None
+                with self.pins.held():
+                    fill(place.file, place.host_offset, offset, place.length)
+                offset += place.length
+                continue
+            done = min(reservation.length, end - offset)
+            try:
+                fill(reservation.file, reservation.host_offset, offset, done)
+                if not reservation.zeroed:
+                    reservation.file.write_zeros(reservation.host_offset + done, reservation.length - done)
+            except BaseException:
+                with self._allocating:
+                    self.cancel(reservation)
+                raise
+            with self._allocating:
+                self.publish(reservation)
+            offset += done
 
     def write_compressed(self, offset: int, data: ReadBuffer) -> None:
         """Write whole clusters, compressed where that makes them smaller.

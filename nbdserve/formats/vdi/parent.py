@@ -24,6 +24,15 @@ def open_parent(file: HostFile, header: Header, options: OpenOptions) -> BlockDe
     Raises:
         OpenError: it is not found, may not be opened, or has been changed since.
     """
+    return options.open_reference(find_parent(file, header, options), "vdi")
+
+
+def find_parent(file: HostFile, header: Header, options: OpenOptions) -> str:
+    """The path, from the image's own directory, of the image that a differencing one stands on.
+
+    Raises:
+        OpenError: it is not found, may not be opened, or has been changed since.
+    """
     refused: list[OpenError] = []
     stale = None
     for name in _candidates(file.name):
@@ -31,7 +40,7 @@ def open_parent(file: HostFile, header: Header, options: OpenOptions) -> BlockDe
         if uuids is None or uuids[0] != header.parent_uuid:
             continue
         if header.parent_modification_uuid in (NO_UUID, uuids[1]):
-            return options.open_reference(name, "vdi")
+            return name
         stale = name
     if stale is not None:
         raise FormatError(

@@ -87,7 +87,7 @@ class VmdkDisk(BlockDevice):
         self.preferred_block = max(extent.preferred_block for extent in extents)
         self.zeroes_fast = not read_only and all(extent.zeroes_fast for extent in extents)
 
-    def _at(self, offset: int) -> tuple[BlockDevice, int]:
+    def extent_at(self, offset: int) -> tuple[BlockDevice, int]:
         """The extent that an offset lies in, and the offset inside it."""
         number = bisect_right(self._starts, offset) - 1
         return self._extents[number], offset - self._starts[number]
@@ -95,7 +95,7 @@ class VmdkDisk(BlockDevice):
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[BlockDevice, int, int]]:
         """The range as (extent, offset inside it, length)."""
         while length:
-            extent, inside = self._at(offset)
+            extent, inside = self.extent_at(offset)
             size = min(length, extent.size - inside)
             yield extent, inside, size
             offset += size
@@ -104,11 +104,11 @@ class VmdkDisk(BlockDevice):
     # Reading
 
     def map(self, offset: int, length: int) -> Extent:
-        extent, inside = self._at(offset)
+        extent, inside = self.extent_at(offset)
         return extent.map(inside, min(length, extent.size - inside))
 
     def map_nowait(self, offset: int, length: int) -> Extent | None:
-        extent, inside = self._at(offset)
+        extent, inside = self.extent_at(offset)
         return extent.map_nowait(inside, min(length, extent.size - inside))
 
     def locate(self, offset: int, length: int) -> tuple[HostFile, HostOffset] | None:

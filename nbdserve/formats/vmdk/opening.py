@@ -31,6 +31,23 @@ def open_vmdk(file: HostFile, options: OpenOptions) -> VmdkDisk:
     """See nbdserve.formats.vmdk.open_image()."""
     if options.snapshot is not None:
         raise OpenError(f"{file.name}: VMDK images have no internal snapshots; leave --snapshot out")
+    layout, place, descriptor = _read_descriptor(file)
+    builder = _Builder(file, descriptor, options)
+    try:
+        builder.open_parent()
+        if isinstance(layout, Layout):
+            builder.add_sparse(file, layout)
+        else:
+            builder.add_all()
+        cid_span = (place + descriptor.cid_span[0], place + descriptor.cid_span[1])
+        return VmdkDisk(file, builder.extents, descriptor.cid, cid_span, builder.parent, read_only=options.read_only)
+    except BaseException:
+        builder.close()
+        raise
+
+
+def _read_descriptor(file: HostFile) -> tuple[Layout | Described | None, int, Descriptor]:
+    """What kind of sparse extent the file is, if it is one; where the descriptor lies in it, and what that says."""
     start = bytes(file.read(0, SECTOR))
     if start.startswith(COWD_MAGIC):
         raise Unsupported(f"{file.name}: is one extent of a disk; open the disk's descriptor instead")
@@ -45,18 +62,70 @@ def open_vmdk(file: HostFile, options: OpenOptions) -> VmdkDisk:
     if layout is not None and not text.strip(b"\0"):
         raise FormatError(f"{file.name}: is one extent of a VMDK disk; open the disk's descriptor instead")
     descriptor = parse_descriptor(text, file.name)
-    builder = _Builder(file, descriptor, options)
+    return layout, place, descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentFacts:
+    """What is to be told of one extent.
+
+    Attributes:
+        size: bytes of the disk that it covers.
+        name: of its file, empty without one.
+        kind: how it keeps its bytes; empty for the extent that holds the descriptor.
+        grain_size: bytes; 0 where it has no grains.
+    """
+
+    size: int
+    name: str
+    kind: str
+    grain_size: int = 0
+    compressed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """What a disk consists of.
+
+    Attributes:
+        files: the extents' files, open; the caller's to close.
+    """
+
+    descriptor: Descriptor
+    extents: list[ExtentFacts]
+    files: list[HostFile]
+
+
+def read_disk(file: HostFile, options: OpenOptions) -> DiskFacts:
+    """Read what a disk consists of, without opening its parent.
+
+    Raises:
+        OpenError: it is damaged, or a file of it is missing.
+    """
+    layout, _, descriptor = _read_descriptor(file)
+    if isinstance(layout, Layout):
+        return DiskFacts(descriptor, [_facts(layout, file.name, "")], [])
+    found = DiskFacts(descriptor, [], [])
     try:
-        builder.open_parent()
-        if isinstance(layout, Layout):
-            builder.add_sparse(file, layout)
-        else:
-            builder.add_all()
-        cid_span = (place + descriptor.cid_span[0], place + descriptor.cid_span[1])
-        return VmdkDisk(file, builder.extents, descriptor.cid, cid_span, builder.parent, read_only=options.read_only)
+        for line in descriptor.extents:
+            name = os.path.join(os.path.dirname(file.name), line.name) if line.name else ""
+            if line.access == Access.NONE or line.type == ExtentType.ZERO:
+                found.extents.append(ExtentFacts(line.size, name, line.type))
+                continue
+            found.files.append(options.open_file(line.name, writable=False))
+            if line.type in (ExtentType.FLAT, ExtentType.VMFS):
+                found.extents.append(ExtentFacts(line.size, name, line.type))
+            else:
+                found.extents.append(_facts(_sparse_layout(found.files[-1], line.type), name, line.type))
     except BaseException:
-        builder.close()
+        for extent in found.files:
+            extent.close()
         raise
+    return found
+
+
+def _facts(layout: Layout, name: str, kind: str) -> ExtentFacts:
+    return ExtentFacts(layout.size, name, kind, layout.grain_size, layout.compressed)
 
 
 @dataclass

@@ -1,0 +1,157 @@
+"""What verbs have in common: options that name and open images, output as text or JSON, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from nbdserve.cli.common import say
+
+if TYPE_CHECKING:
+    from nbdserve.block import BlockDevice
+    from nbdserve.opening import ReferencePolicy
+
+PROGRAM = "nbdimg"
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+class Parser(argparse.ArgumentParser):
+    """Exits with a verb's own status of failure: argparse's 2 would mean damage to those who call check."""
+
+    failure = 1
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(self.failure, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_verb(subparsers: Subparsers, verb: str, description: str, examples: str, *, failure: int = 1) -> Parser:
+    """The parser of a verb.
+
+    Args:
+        examples: lines as they are to be shown.
+        failure: the exit status of wrong usage.
+    """
+    parser = subparsers.add_parser(
+        verb,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.failure = failure
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    return parser
+
+
+def add_format(parser: argparse.ArgumentParser, *names: str, help: str = "") -> None:
+    """The option for an image's format; -f unless other names are given."""
+    parser.add_argument(
+        *(names or ("-f", "--format")),
+        metavar="FMT",
+        help=help or "qcow2, raw, vpc, vhdx, vdi or vmdk; default: recognised by content",
+    )
+
+
+def add_opening(parser: argparse.ArgumentParser, *, force_share: bool = True) -> None:
+    """Options on how images are opened and what they may refer to."""
+    if force_share:
+        parser.add_argument(
+            "-U",
+            "--force-share",
+            action="store_true",
+            help="look at an image even while another program writes to it; what is seen may be inconsistent",
+        )
+    parser.add_argument(
+        "--allow-path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="let images refer to files below DIR, besides their own directory (may be repeated)",
+    )
+    parser.add_argument("--trust-references", action="store_true", help="let images refer to any local file")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The option for JSON, in qemu-img's spelling and in a short one."""
+    parser.add_argument("--output", choices=("human", "json"), default="human", help="default: human")
+    parser.add_argument("--json", dest="output", action="store_const", const="json", help="the same as --output=json")
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """The option for a progress bar."""
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress, when stderr is a terminal")
+
+
+def policy_of(options: argparse.Namespace) -> ReferencePolicy:
+    """What images may refer to."""
+    from nbdserve.opening import ReferencePolicy
+
+    return ReferencePolicy(tuple(options.allow_path), options.trust_references)
+
+
+def warn(line: str) -> None:
+    """Tell the user of something that is no error."""
+    say(PROGRAM, line)
+
+
+def open_named(
+    options: argparse.Namespace,
+    name: str,
+    *,
+    format: str | None = None,
+    read_only: bool = True,
+    snapshot: str | None = None,
+) -> BlockDevice:
+    """Open an image that the user named, by the options of add_opening().
+
+    Raises:
+        OpenError: with the reason in one line.
+    """
+    from nbdserve.opening import open_image
+
+    return open_image(
+        name,
+        format=format,
+        read_only=read_only,
+        force_share=getattr(options, "force_share", False),
+        snapshot=snapshot,
+        policy=policy_of(options),
+        warn=warn,
+    )
+
+
+def human_size(size: int) -> str:
+    """A number of bytes with a unit, in at most three significant digits, as qemu-img prints it."""
+    unit = max(0, min(6, (size.bit_length() - 1) // 10))
+    if size and size / (1 << 10 * unit) >= 999.5 and unit < 6:
+        unit += 1
+    number = f"{size / (1 << 10 * unit):.3g}"
+    return f"{number} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[unit]}"
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON, indented as qemu-img does."""
+    print(json.dumps(value, indent=4))
+
+
+@contextmanager
+def progress(options: argparse.Namespace, total: int) -> Iterator[Callable[[int], None]]:
+    """What is to be told how many bytes of `total` are done so far; a bar shows it where the user wants one."""
+    if not options.progress or options.quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, leave=True) as bar:
+
+        def report(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield report

@@ -1,0 +1,34 @@
+"""Internal snapshots made and deleted in every order, judged by QEMU after each step."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from nbdserve.imagetools.snapshots import Change, change_snapshots
+from tests.reference import needs, qemu_check, qemu_content, qemu_img_create, qemu_io
+
+pytestmark = needs("qemu-img", "qemu-io")
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_any_order_of_deletion(tmp_path: Path, order: tuple[int, ...]) -> None:
+    image = qemu_img_create(tmp_path / "a.qcow2", 4 * MIB)
+    contents = []
+    for number in range(3):
+        qemu_io(image, f"write -P {number + 1} {number}M 2M")
+        change_snapshots(str(image), Change.CREATE, f"s{number}")
+        contents.append(qemu_content(image, "qcow2"))
+    qemu_io(image, "write -P 9 0 4M")
+    left = set(range(3))
+    for number in order:
+        change_snapshots(str(image), Change.DELETE, f"s{number}")
+        qemu_check(image)
+        left.remove(number)
+        for other in left:
+            assert qemu_content(image, "qcow2", "-l", f"s{other}") == contents[other]
+    assert qemu_content(image, "qcow2") == b"\11" * 4 * MIB
