@@ -184,7 +184,7 @@ def _partition_of(image: str, kind: str, paths: list[bytes]) -> tuple[str | None
 
 def is_zero(piece: memoryview) -> bool:
     """Whether a piece is all zeros, so that a hole can stand for it."""
-    return piece.tobytes().count(0) == len(piece)
+    return piece.tobytes() == bytes(len(piece))
 
 
 def kind_of(mode: int) -> str:
