@@ -17,10 +17,9 @@ from enum import Enum
 from nbdserve.errors import OpenError
 from nbdserve.imagetools.chains import Link, Progress, Warn, demand_no_others, folders_of, read_chain
 from nbdserve.imagetools.committing import commit
+from nbdserve.imagetools.comparing import first_difference
 from nbdserve.imagetools.rebasing import rebase
 from nbdserve.opening import ReferencePolicy, open_image
-
-_PIECE = 2 << 20  # bytes
 
 
 class Into(Enum):
@@ -129,12 +128,8 @@ def _show_the_same(chain: list[Link], policy: ReferencePolicy | None, progress: 
     """Whether the image below shows what the middle one does, after a commit that a crash has followed."""
     middle, below = (open_image(link.path, format=link.format, read_only=True, policy=policy) for link in chain[:2])
     with middle, below:
-        for offset in range(0, middle.size, _PIECE):
-            length = min(_PIECE, middle.size - offset)
-            if offset + length > below.size or middle.read(offset, length) != below.read(offset, length):
-                return False
-            progress(offset + length)
-    return True
+        found = first_difference(middle, below, progress)
+        return middle.size <= below.size and (found is None or found >= middle.size)
 
 
 def _remove(path: str) -> None:

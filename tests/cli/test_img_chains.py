@@ -15,7 +15,6 @@ pytestmark = needs("qemu-img", "qemu-io")
 
 def test_an_overlay_finds_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From wherever the command is given: the recorded name starts in the overlay's folder."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clones").mkdir()
     qemu_img_create(tmp_path / "base", 3 * MIB, "vhdx")

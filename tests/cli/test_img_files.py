@@ -191,3 +191,35 @@ def test_partitions_of_a_qcow2(tmp_path: Path) -> None:
     run("fsck.vfat", "-n", tmp_path / "fat")
     assert run("mtype", "-i", tmp_path / "fat", "::/Ünï.txt") == "a long name\n" * 1000
     assert_clean(tmp_path / "ext")
+
+
+def test_no_file_system_says_so_in_a_line(tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage"
+    garbage.write_bytes(b"garbage" * 1000)
+    for arguments in (
+        ("ls", garbage),
+        ("cat", garbage, "/a"),
+        ("cp", f"{garbage}:/a", tmp_path),
+        ("cp", garbage, f"{garbage}:/"),
+        ("tar", "-o", tmp_path / "t", garbage),
+    ):
+        printed = nbdimg(arguments[0], "-f", "raw", *arguments[1:], status=1)
+        assert printed == f"nbdimg: {garbage}: disk: no known file system\n"
+    assert "IMAGE:/PATH" in nbdimg("cp", garbage, tmp_path, status=1)
+    assert not (tmp_path / "t").exists()
+
+
+@needs("mkfs.ext4", "mount", "debugfs")
+@needs_kernel
+def test_what_is_damaged_is_left_out(tmp_path: Path, image: Path) -> None:
+    """A file whose block map is garbage; nothing half of it stays, and all else is copied."""
+    run("debugfs", "-w", "-R", "set_inode_field /run.sh block[0] 0x12345678", image)
+    out = tmp_path / "out"
+    out.mkdir()
+    printed = subprocess.run([*NBDIMG, "cp", "-r", f"{image}:/", out, "-f", "raw"], capture_output=True, text=True)
+    assert printed.returncode == 1
+    lines = printed.stderr.splitlines()
+    assert sorted(line.split(": ")[1] for line in lines) == ["etc/second name", "run.sh"]
+    assert all(line.endswith("; left out") for line in lines)
+    assert not (out / "run.sh").exists() and not (out / "etc" / "second name").exists()
+    assert (out / "etc" / "hosts").read_text() == "127.0.0.1 localhost\n"

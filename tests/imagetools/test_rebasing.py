@@ -145,7 +145,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_killed_at_any_time(tmp_path: Path) -> None:
     base = qemu_img_create(tmp_path / "base", 64 * MIB)
-    qemu_io(base, "write -P 1 0 48M")
+    qemu_io(base, "write -P 1 0 32M")
     middle = qemu_img_create(tmp_path / "middle", None, backing_file="base", backing_fmt="qcow2")
     qemu_io(middle, *(f"write -P {number + 2} {number * 640 * KIB} 500k" for number in range(100)))
     top = qemu_img_create(tmp_path / "top", None, backing_file="middle", backing_fmt="qcow2")

@@ -59,6 +59,8 @@ class Extraction:
             if error.errno == errno.ENOSPC:
                 raise
             self._leave_out(path, error.strerror or str(error))
+        except OpenError as error:
+            self._leave_out(path, str(error))
 
     def _leave_out(self, path: bytes, reason: str) -> None:
         self.left_out += 1
@@ -107,15 +109,22 @@ class Extraction:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise OSError(errno.EEXIST, "there is something else of this name")
             os.ftruncate(file, 0)
-            for offset, piece in self.guest.content(found):
-                for at in range(0, len(piece), _BLOCK):
-                    block = piece[at : at + _BLOCK]
-                    if not is_zero(block):
-                        _write_all(file, block, offset + at)
-            os.ftruncate(file, found.attributes.size)
+            try:
+                self._write_content(found, file)
+            except OSError:
+                os.unlink(name, dir_fd=parent)  # half a file would pass for a whole one
+                raise
             self._dress(found, file)
         finally:
             os.close(file)
+
+    def _write_content(self, found: Found, file: int) -> None:
+        for offset, piece in self.guest.content(found):
+            for at in range(0, len(piece), _BLOCK):
+                block = piece[at : at + _BLOCK]
+                if not is_zero(block):
+                    _write_all(file, block, offset + at)
+        os.ftruncate(file, found.attributes.size)
 
     def _dress(self, found: Found, file: int) -> None:
         """Owner, attributes, mode and times, in this order: each could change those before it otherwise."""

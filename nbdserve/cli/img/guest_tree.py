@@ -20,12 +20,13 @@ from fusemount.links import followed
 from fusemount.vfs import ROOT, Node, Tree
 from fusemount.volumes import read_volumes
 from nbdserve.cli.img.common import add_format, add_opening, open_named, warn
-from nbdserve.errors import OpenError
+from nbdserve.errors import NbdserveError, OpenError
 
 DEEPEST = 250
 """Directories below one another that are walked through; more are a loop in a damaged file system, or nearly so."""
 
 _PIECE = 1 << 20
+_FOR_MOUNTS = re.compile(r"; (?:--raw shows it .*|mount it without --(?:rw|partition))$")  # advice that is no use here
 _PARTITION = re.compile(rb"/*p(\d+)(?:/+(.*))?", re.DOTALL)
 
 
@@ -161,7 +162,10 @@ def opened(
             device.close()
             raise
     view = View(image, writable=writable, partition=partition, inspect=options.inspect, raw_links=True)
-    assembly = Assembly(device, view, warn)
+    try:
+        assembly = Assembly(device, view, warn)
+    except NbdserveError as error:
+        raise type(error)(_FOR_MOUNTS.sub("", str(error))) from None
     try:
         yield Guest(assembly.tree, image), paths
     finally:
@@ -184,7 +188,7 @@ def _partition_of(image: str, kind: str, paths: list[bytes]) -> tuple[str | None
 
 def is_zero(piece: memoryview) -> bool:
     """Whether a piece is all zeros, so that a hole can stand for it."""
-    return piece.tobytes().count(0) == len(piece)
+    return piece.tobytes() == bytes(len(piece))
 
 
 def kind_of(mode: int) -> str:

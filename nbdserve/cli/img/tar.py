@@ -40,14 +40,14 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "tar", "Write a tree inside an image as a tar archive, to stdout.", EXAMPLES)
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("path", metavar="PATH", nargs="?", default="/")
-    parser.add_argument("-o", "--file", metavar="FILE", help="write to this file, which must not exist")
+    parser.add_argument("-o", "--file", metavar="FILE", help="write to this file")
     add_reading_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says."""
     from nbdserve.cli.img.guest_tree import opened
-    from nbdserve.formats.newfile import new_file
+    from nbdserve.imagetools.staging import staged
 
     if options.file is None and sys.stdout.isatty():
         raise OpenError("an archive is nothing for a terminal; send it to a file or another program, or use -o FILE")
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         if options.file is None:
             write_archive(guest, top, sys.stdout.buffer)
         else:
-            with new_file(options.file) as file:
+            with staged(options.file) as made, open(made, "xb") as file:
                 write_archive(guest, top, file)
     return 0
 
