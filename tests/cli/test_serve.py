@@ -139,7 +139,7 @@ def test_both_signals_end_it_well(raw: Path, number: signal.Signals) -> None:
 @needs("nbdinfo")
 @pytest.mark.parametrize("name", ["a b", "50%", "ä/ö", "x?y#z&socket=q", "+", "日本"])
 def test_uris_of_names_that_need_quoting(raw: Path, tmp_path: Path, name: str) -> None:
-    with Served(raw, "-x", name, "-k", tmp_path / "a socket, with 100% odd&characters=#?") as server:
+    with Served(raw, "-x", name, "-k", tmp_path / "an odd,100%&=#? socket") as server:
         assert info(server.uri)["export-name"] == name
 
 
