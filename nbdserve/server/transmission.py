@@ -183,7 +183,8 @@ class Transmission:
         unpack, locate, preadv = HEADER.unpack_from, device.locate, os.preadv
         pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
         header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
-        while (body := position + 28) <= end and filled <= _GATHERED:
+        head, done = HEADER.size, replies.SIMPLE_REPLY.size
+        while (body := position + head) <= end and filled <= _GATHERED:
             kind, cookie, offset, length = unpack(buffer, position)
             if kind == PLAIN_READ:
                 if not 0 < length < _LARGE_READ or offset + length > size:
@@ -209,7 +210,7 @@ class Transmission:
                 if behind > end or not self._write_here(offset, buffer[body:behind]):
                     break
                 pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
-                filled += 16
+                filled += done
                 position = behind
             else:
                 break
@@ -241,10 +242,7 @@ class Transmission:
         if started < self._writes_wait_until:
             return False
         try:
-            place = self._device.locate_writable(offset, length)
-            if place is not None and place[0].writes_at_once(place[1], length):
-                place[0].write(place[1], payload)
-            elif not self._device.write_nowait(offset, payload):
+            if not self._device.write_nowait(offset, payload):
                 return False
         except (OSError, NbdserveError):
             return False  # the worker meets the same error and reports it
@@ -257,7 +255,7 @@ class Transmission:
 
     def _runs_at_hand(self, flags: int, offset: int, length: int) -> list[Extent] | None:
         """The extents of a large read if none of them needs the disk or a computation; None: a worker's job."""
-        if length < _LARGE_READ or not self._transport.sends_files:
+        if not self._transport.sends_files:
             return None
         runs: list[Extent] = []
         end = offset + length
