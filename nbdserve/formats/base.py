@@ -207,6 +207,24 @@ class MappedImage(BlockDevice):
             self._write_zeros(start, stop - start)
         self._write_zeros(stop, offset + length - stop)
 
+    def _clear_in_place(self, offset: int, length: int, *, unmap: bool) -> bool:
+        """Zero what the range has mapped, where it lies; for zero_clusters() of formats whose holes read as zeros.
+
+        Returns:
+            Whether the range reads as zeros now: not where the host cannot, nor where a backing device shows through.
+        """
+        done = True
+        end = offset + length
+        while offset < end:
+            own = self.lookup(offset, end - offset)
+            if isinstance(own, Data):
+                clear = own.file.punch_hole if unmap else own.file.zero_range
+                done &= clear(own.host_offset, own.length)
+            elif isinstance(own, Unallocated):
+                done &= self.backing is None
+            offset += own.length
+        return done
+
     def discard(self, offset: int, length: int) -> None:
         if self.read_only:
             raise self._refusal()

@@ -183,21 +183,29 @@ class AllocatingImage(Qcow2Image):
         for entry in table[index : index + count]:
             if entry not in fresh:
                 return False
-        cluster = self._places.allocate_at_once(offset >> self._cluster_bits, count)
-        if cluster is None:
+        host = self._write_to_new(offset, data, count)
+        if host is None:
             return False
-        host = cluster << self._cluster_bits
-        try:
-            self.data_file.write(host + inside, data)
-        except BaseException:
-            self._places.cancel(cluster, count)
-            raise
         entry = host | COPIED
         for position in range(index, index + count):
             table[position] = entry
             entry += self._host_cluster
         self._mapping.touch(key, index, index + count)
         return True
+
+    def _write_to_new(self, offset: int, data: ReadBuffer, count: int) -> int | None:
+        """Write the range's bytes to new clusters; where the first one begins in the file, or None if there is none at
+        hand."""
+        cluster = self._places.allocate_at_once(offset >> self._cluster_bits, count)
+        if cluster is None:
+            return None
+        host = cluster << self._cluster_bits
+        try:
+            self.data_file.write(host + (offset & self._cluster_mask), data)
+        except BaseException:
+            self._places.cancel(cluster, count)
+            raise
+        return host
 
     def _is_above_backing(self, offset: int) -> bool:
         """Whether what is not allocated from this offset on reads as zeros."""

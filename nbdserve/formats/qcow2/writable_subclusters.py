@@ -102,15 +102,9 @@ class WritableSubclusterImage(SubclusterImage, WritableQcow2Image):
         index = (offset >> self._cluster_bits & self._index_mask) << 1
         if table[index]:
             return False
-        cluster = self._places.allocate_at_once(offset >> self._cluster_bits, 1)
-        if cluster is None:
+        host = self._write_to_new(offset, data, 1)
+        if host is None:
             return False
-        host = cluster << self._cluster_bits
-        try:
-            self.data_file.write(host + inside, data)
-        except BaseException:
-            self._places.cancel(cluster, 1)
-            raise
         first, last = inside // self.cluster_size, (inside + len(data) - 1) // self.cluster_size
         written = (1 << last - first + 1) - 1 << first
         table[index], table[index + 1] = host | COPIED, (table[index + 1] | written) & ~(written << SUBCLUSTERS)

@@ -25,6 +25,7 @@ import threading
 from array import array
 
 from nbdserve.block.file import HostFile
+from nbdserve.formats.entries import rows_of
 from nbdserve.formats.vdi.header import BLOCKS_ALLOCATED, Header
 
 UNALLOCATED = 0xFFFFFFFF
@@ -142,14 +143,8 @@ class BlockMap:
 
     def _write(self, entries: dict[int, int]) -> None:
         """Write entries, those of neighbouring blocks together."""
-        run = bytearray()
-        start = -1
-        for block in sorted(entries):
-            if start + len(run) // 4 != block:
-                self._file.write(self._header.map_offset + 4 * max(0, start), run)
-                start, run = block, bytearray()
-            run += entries[block].to_bytes(4, "little")
-        self._file.write(self._header.map_offset + 4 * start, run)
+        for block, row in rows_of(entries, 4, "little"):
+            self._file.write(self._header.map_offset + 4 * block, row)
 
 
 def _zeros_in(owners: bytearray, stop: int) -> list[int]:

@@ -312,7 +312,7 @@ class VhdxImage(MappedImage):
             if unmap and piece == self._bytes_in(block) and not self._layout.is_fixed:
                 piece = self._zero_blocks(block, end)
             else:
-                done &= self._zero_in_place(offset, piece, unmap=unmap)
+                done &= self._clear_in_place(offset, piece, unmap=unmap)
             offset += piece
         return done
 
@@ -331,20 +331,6 @@ class VhdxImage(MappedImage):
             run = self._table.run(block, (end - (block << self._shift)) >> self._shift or 1)
             return min(run << self._shift, end - (block << self._shift))
         return self._bytes_in(block)
-
-    def _zero_in_place(self, offset: int, length: int, *, unmap: bool) -> bool:
-        """Zero what is there of a part of a block; False when something remains that does not read as zeros."""
-        clear = self.file.punch_hole if unmap else self.file.zero_range
-        done = True
-        end = offset + length
-        while offset < end:
-            own = self.lookup(offset, end - offset)
-            if isinstance(own, Data):
-                done &= clear(own.host_offset, own.length)
-            elif isinstance(own, Unallocated):
-                done &= not self._has_parent
-            offset += own.length
-        return done
 
     # Writing back
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 from nbdserve.block.file import HostFile
+from nbdserve.formats.entries import rows_of
 from nbdserve.formats.vhdx import MIB
 from nbdserve.formats.vhdx.layout import Layout, table_entries
 from nbdserve.formats.vhdx.log import ReplayedFile
@@ -223,13 +224,5 @@ class BlockTable:
     def write(self, entries: dict[int, int]) -> None:
         """Write entries, neighbours together."""
         assert isinstance(self._file, HostFile)
-        run = bytearray()
-        start = -1
-        for index in sorted(entries):
-            if start + len(run) // 8 != index:
-                if run:
-                    self._file.write(self._layout.table_offset + 8 * start, run)
-                start, run = index, bytearray()
-            run += entries[index].to_bytes(8, "little")
-        if run:
-            self._file.write(self._layout.table_offset + 8 * start, run)
+        for index, row in rows_of(entries, 8, "little"):
+            self._file.write(self._layout.table_offset + 8 * index, row)

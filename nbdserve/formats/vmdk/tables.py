@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError
+from nbdserve.formats.entries import rows_of
 from nbdserve.formats.vmdk import SECTOR
 from nbdserve.formats.vmdk.header import UNCLEAN_SHUTDOWN
 from nbdserve.formats.vmdk.layout import BAD_TABLE, NO_TABLE, Layout, numbers
@@ -243,11 +244,11 @@ class GrainTables:
 
     def _write_entries(self) -> None:
         for index in sorted(self._writing):
-            runs = _runs(self._writing[index])
+            rows = list(rows_of(self._writing[index], 4, "little"))
             for directory in (self._redundant, self._directory):
                 if directory is not None and directory[index] > BAD_TABLE:
-                    for slot, content in runs:
-                        self._file.write(directory[index] + 4 * slot, content)
+                    for slot, row in rows:
+                        self._file.write(directory[index] + 4 * slot, row)
 
     def _link(self, new: set[int]) -> None:
         """Let the directories name new tables."""
@@ -271,13 +272,3 @@ class GrainTables:
             self._file.write(UNCLEAN_SHUTDOWN, b"\0")
             self._file.sync()
             self._marked = False
-
-
-def _runs(entries: dict[int, int]) -> list[tuple[int, bytes]]:
-    """Entries as (first slot, bytes), those of neighbouring slots together."""
-    runs: list[tuple[int, bytearray]] = []
-    for slot in sorted(entries):
-        if not runs or runs[-1][0] + len(runs[-1][1]) // 4 != slot:
-            runs.append((slot, bytearray()))
-        runs[-1][1].extend(entries[slot].to_bytes(4, "little"))
-    return [(slot, bytes(content)) for slot, content in runs]

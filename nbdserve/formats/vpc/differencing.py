@@ -126,21 +126,6 @@ class DifferencingDisk(DynamicDisk):
             self._next = reservation.host_offset - start + self._block_size
             self._table.publish(block, reservation.host_offset - start)
 
-    # Zeroing
-
-    def zero_clusters(self, offset: int, length: int, *, unmap: bool) -> bool:
-        clear = self.file.punch_hole if unmap else self.file.zero_range
-        done = True
-        end = offset + length
-        while offset < end:
-            own = self.lookup(offset, end - offset)
-            if isinstance(own, Data):
-                done &= clear(own.host_offset, own.length)
-            elif isinstance(own, Unallocated):
-                done = False
-            offset += own.length
-        return done
-
     # The end
 
     def flush(self) -> None:

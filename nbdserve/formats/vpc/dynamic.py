@@ -144,14 +144,7 @@ class DynamicDisk(MappedImage):
         return offset, offset + length
 
     def zero_clusters(self, offset: int, length: int, *, unmap: bool) -> bool:
-        clear = self.file.punch_hole if unmap else self.file.zero_range
-        end = offset + length
-        while offset < end:
-            extent = self.lookup(offset, end - offset)
-            if isinstance(extent, Data) and not clear(extent.host_offset, extent.length):
-                return False
-            offset += extent.length
-        return True
+        return self._clear_in_place(offset, length, unmap=unmap)
 
     # The end
 

@@ -17,6 +17,7 @@ import threading
 from array import array
 
 from nbdserve.block.file import HostFile
+from nbdserve.formats.entries import rows_of
 from nbdserve.formats.vpc.header import SECTOR, Layout
 
 _UNUSED = 0xFFFFFFFF
@@ -99,11 +100,5 @@ class BlockTable:
 
     def _write(self, entries: dict[int, int]) -> None:
         """Write entries, those of neighbouring blocks together."""
-        run = bytearray()
-        start = -1
-        for block in sorted(entries):
-            if start + len(run) // 4 != block:
-                self._file.write(self._layout.table_offset + 4 * start, run)
-                start, run = block, bytearray()
-            run += entries[block].to_bytes(4, "big")
-        self._file.write(self._layout.table_offset + 4 * start, run)
+        for block, row in rows_of(entries, 4, "big"):
+            self._file.write(self._layout.table_offset + 4 * block, row)
