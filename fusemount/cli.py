@@ -6,11 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import run, say
+from nbdserve.cli.common import add_references, policy_of, run, say
 from nbdserve.errors import NbdserveError, OpenError
 
 if TYPE_CHECKING:
@@ -79,15 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
     image = result.add_argument_group("the image")
     image.add_argument("--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
-    image.add_argument(
-        "--allow-path",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="let the image refer to files below DIR, besides its own directory (may be repeated)",
-    )
-    image.add_argument("--trust-references", action="store_true", help="let the image refer to any local file")
+    add_references(image)
 
     writing = result.add_argument_group("writing")
     writing.add_argument("-w", "--rw", action="store_true", help="change the image; default: it is only read")
@@ -204,9 +195,9 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _open_image(options: argparse.Namespace, *, read_only: bool) -> BlockDevice:
-    from nbdserve.opening import ReferencePolicy, open_image
+    from nbdserve.opening import open_image
 
-    policy = ReferencePolicy(tuple(options.allow_path), options.trust_references)
+    policy = policy_of(options)
 
     def warn(line: str) -> None:
         say(PROGRAM, line)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fusemount.volumes import Volume, Warn, read_volumes
 from nbdserve.block import BlockDevice
+from nbdserve.cli.common import printable
 
 _UNITS = ("B", "K", "M", "G", "T", "P", "E")
 
@@ -62,12 +63,12 @@ def as_table(description: dict[str, Any]) -> str:
     right = {1, 2}
     lines = [
         "  ".join(
-            _printable(cell).rjust(width) if column in right else _printable(cell).ljust(width)
+            printable(cell).rjust(width) if column in right else printable(cell).ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, *map(_printable, remarks)])
+    return "\n".join([*lines, *map(printable, remarks)])
 
 
 def _size(size: int) -> str:
@@ -76,8 +77,3 @@ def _size(size: int) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.1f}".removesuffix(".0") + _UNITS[unit]
-
-
-def _printable(text: str) -> str:
-    """Labels come from the image: nothing in them is to reach the terminal as a command."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

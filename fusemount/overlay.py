@@ -61,19 +61,13 @@ def _create(overlay: str, image: str, format: str | None, policy: ReferencePolic
 def _format_of(image: str, format: str | None) -> str:
     if format is not None:
         return known_format(format)
-    file = HostFile.open(image, writable=False)
-    try:
+    with HostFile.open(image, writable=False) as file:
         return probe(file)
-    finally:
-        file.close()
 
 
 def _check_belongs(overlay: str, image: str) -> None:
-    file = HostFile.open(overlay, writable=False)
-    try:
+    with HostFile.open(overlay, writable=False) as file:
         header = Header.read(file)
-    finally:
-        file.close()
     backing = os.path.join(os.path.dirname(overlay), header.backing_name or "")
     try:
         belongs = header.backing_name is not None and os.path.samefile(backing, image)

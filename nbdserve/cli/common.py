@@ -1,4 +1,4 @@
-"""What the commands share: how errors are shown, and how sizes are read."""
+"""What the commands share: options, how errors are shown, and how sizes are read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from nbdserve.errors import NbdserveError
+
+if TYPE_CHECKING:
+    from nbdserve.opening import ReferencePolicy
 
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?", re.ASCII)
@@ -35,10 +39,34 @@ def add_force_share(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_references(group: argparse._ActionsContainer) -> None:
+    """The options on what images may refer to; see policy_of()."""
+    group.add_argument(
+        "--allow-path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="let images refer to files below DIR, besides their own directory (may be repeated)",
+    )
+    group.add_argument("--trust-references", action="store_true", help="let images refer to any local file")
+
+
+def policy_of(options: argparse.Namespace) -> ReferencePolicy:
+    """What images may refer to, by the options of add_references()."""
+    from nbdserve.opening import ReferencePolicy
+
+    return ReferencePolicy(tuple(options.allow_path), options.trust_references)
+
+
+def printable(text: str) -> str:
+    """Text that comes from elsewhere, say a file's name, with escapes for what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def say(program: str, line: str) -> None:
-    """One line on stderr; what a terminal would obey, say in a file's name, is shown as an escape."""
-    shown = line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    print(f"{program}: {shown}", file=sys.stderr, flush=True)
+    """One line on stderr."""
+    print(f"{program}: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def run(program: str, command: Callable[[], int | None], *, failure: int = 1) -> NoReturn:

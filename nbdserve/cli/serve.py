@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import nbdserve
 from nbdserve.block import BlockDevice
 from nbdserve.cli.certificates import add_certificate_options, make
-from nbdserve.cli.common import add_force_share, byte_size, run, say
+from nbdserve.cli.common import add_force_share, add_references, byte_size, policy_of, run, say
 from nbdserve.errors import NbdserveError
 
 if TYPE_CHECKING:
@@ -61,15 +61,7 @@ def parser() -> argparse.ArgumentParser:
     image.add_argument(
         "-l", "--snapshot", "--load-snapshot", metavar="NAME", help="serve an internal snapshot (name or ID), read-only"
     )
-    image.add_argument(
-        "--allow-path",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="let the image refer to files below DIR, besides its own directory (may be repeated)",
-    )
-    image.add_argument("--trust-references", action="store_true", help="let the image refer to any local file")
+    add_references(image)
 
     where = result.add_argument_group("where to listen")
     where.add_argument("-p", "--port", type=_port, metavar="PORT", help="TCP port, 0 for any free one; default: 10809")
@@ -180,7 +172,7 @@ def _close_after_failure(device: BlockDevice) -> None:
 
 
 def _open_device(options: argparse.Namespace, warn: Callable[[str], None]) -> BlockDevice:
-    from nbdserve.opening import ReferencePolicy, open_image, select_partition, select_range
+    from nbdserve.opening import open_image, select_partition, select_range
 
     device = open_image(
         options.image,
@@ -188,7 +180,7 @@ def _open_device(options: argparse.Namespace, warn: Callable[[str], None]) -> Bl
         read_only=options.read_only,
         force_share=options.force_share,
         snapshot=_snapshot_name(options.snapshot),
-        policy=ReferencePolicy(tuple(options.allow_path), options.trust_references),
+        policy=policy_of(options),
         warn=warn,
     )
     try:

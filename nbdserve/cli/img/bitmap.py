@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from nbdserve.cli.common import byte_size
-from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_verb, open_named, policy_of
+from nbdserve.cli.common import byte_size, policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_verb, open_named
 from nbdserve.errors import OpenError
 
 EXAMPLES = """\

@@ -5,16 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from nbdserve.cli.img.common import (
-    Subparsers,
-    add_format,
-    add_opening,
-    add_output,
-    add_verb,
-    policy_of,
-    print_json,
-    warn,
-)
+from nbdserve.cli.common import policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_output, add_verb, print_json, warn
 
 if TYPE_CHECKING:
     from nbdserve.imagetools.checking import Report

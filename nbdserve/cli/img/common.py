@@ -7,14 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from nbdserve.cli.common import say
+from nbdserve.cli.common import add_references, policy_of, say
 
 if TYPE_CHECKING:
     from nbdserve.block import BlockDevice
-    from nbdserve.opening import ReferencePolicy
 
 PROGRAM = "nbdimg"
 
@@ -67,15 +65,7 @@ def add_opening(parser: argparse.ArgumentParser, *, force_share: bool = True) ->
             action="store_true",
             help="look at an image even while another program writes to it; what is seen may be inconsistent",
         )
-    parser.add_argument(
-        "--allow-path",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="let images refer to files below DIR, besides their own directory (may be repeated)",
-    )
-    parser.add_argument("--trust-references", action="store_true", help="let images refer to any local file")
+    add_references(parser)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +77,6 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_progress(parser: argparse.ArgumentParser) -> None:
     """The option for a progress bar."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress, when stderr is a terminal")
-
-
-def policy_of(options: argparse.Namespace) -> ReferencePolicy:
-    """What images may refer to."""
-    from nbdserve.opening import ReferencePolicy
-
-    return ReferencePolicy(tuple(options.allow_path), options.trust_references)
 
 
 def warn(line: str) -> None:

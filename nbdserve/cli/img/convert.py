@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from nbdserve.cli.common import byte_size
+from nbdserve.cli.common import byte_size, policy_of
 from nbdserve.cli.img.common import (
     Subparsers,
     add_format,
@@ -13,7 +13,6 @@ from nbdserve.cli.img.common import (
     add_progress,
     add_verb,
     open_named,
-    policy_of,
     progress,
     warn,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from nbdserve.cli.common import byte_size
-from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_verb, policy_of, warn
+from nbdserve.cli.common import byte_size, policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_verb, warn
 from nbdserve.cli.img.options import add_options, help_lines, parse_options, wants_help
 from nbdserve.errors import OpenError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from nbdserve.cli.img.common import Subparsers, add_opening, add_progress, add_verb, policy_of, progress, warn
+from nbdserve.cli.common import policy_of
+from nbdserve.cli.img.common import Subparsers, add_opening, add_progress, add_verb, progress, warn
 
 EXAMPLES = """\
 with base <- sn1 <- sn2 <- sn3:

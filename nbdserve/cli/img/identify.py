@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nbdserve.cli.common import policy_of, printable
 from nbdserve.cli.img.common import (
     Subparsers,
     add_format,
@@ -14,12 +15,11 @@ from nbdserve.cli.img.common import (
     add_verb,
     human_size,
     open_named,
-    policy_of,
     print_json,
     warn,
 )
 from nbdserve.cli.img.partition_table import describe_partitions
-from nbdserve.cli.img.partitions import printable, shown_filesystem
+from nbdserve.cli.img.partitions import shown_filesystem
 from nbdserve.errors import NbdserveError, OpenError
 
 if TYPE_CHECKING:

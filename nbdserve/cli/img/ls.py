@@ -77,7 +77,7 @@ def _as_json(guest: Guest, name: bytes, found: Found) -> dict[str, Any]:
 
 def _print(guest: Guest, found: list[tuple[bytes, Found]], *, long: bool) -> None:
     """One line a file; what a terminal would obey is shown as an escape there, and nowhere else."""
-    from nbdserve.cli.img.partitions import printable
+    from nbdserve.cli.common import printable
 
     rows = [_row(guest, each) if long else ((), b"") for _, each in found]
     widths = [max(map(len, column)) for column in zip(*(row for row, _ in rows), strict=True)]

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from nbdserve.cli.common import policy_of, printable
 from nbdserve.cli.img.common import (
     Subparsers,
     add_format,
@@ -14,7 +15,6 @@ from nbdserve.cli.img.common import (
     add_verb,
     human_size,
     open_named,
-    policy_of,
     print_json,
     warn,
 )
@@ -107,8 +107,3 @@ def shown_filesystem(filesystem: dict[str, Any] | None) -> str:
         return "-"
     label = f' "{printable(filesystem["label"])}"' if filesystem["label"] else ""
     return f"{filesystem['type']}{label}" + (f" {filesystem['uuid']}" if filesystem["uuid"] else "")
-
-
-def printable(text: str) -> str:
-    """Labels and names come from the image: nothing in them is to reach the terminal as a command."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

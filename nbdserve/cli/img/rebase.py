@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from nbdserve.cli.img.common import (
-    Subparsers,
-    add_format,
-    add_opening,
-    add_progress,
-    add_verb,
-    policy_of,
-    progress,
-    warn,
-)
+from nbdserve.cli.common import policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_progress, add_verb, progress, warn
 
 EXAMPLES = """\
   nbdimg rebase -b base.qcow2 tuesday.qcow2    what differs is copied into tuesday.qcow2 first

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from nbdserve.cli.img.common import (
-    Subparsers,
-    add_format,
-    add_opening,
-    add_output,
-    add_verb,
-    policy_of,
-    print_json,
-    warn,
-)
+from nbdserve.cli.common import policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_output, add_verb, print_json, warn
 
 EXAMPLES = """\
   nbdimg snapshot -c before-upgrade disk.qcow2
