@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NewType
 
 from nbdserve.block.file import ReadBuffer
+from nbdserve.errors import OpenError
 
 Inode = NewType("Inode", int)
 """The number of a file in its file system."""
@@ -55,6 +56,11 @@ class Condition:
     writable: bool
     dirty: bool
     remark: str = ""
+
+    @classmethod
+    def unreadable(cls, failure: OpenError) -> Condition:
+        """That of a file system which cannot be opened at all."""
+        return cls(readable=False, writable=False, dirty=False, remark=str(failure))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def examine(device: BlockDevice) -> Condition:
     try:
         geometry = read_geometry(device)
     except FormatError as failure:
-        return Condition(readable=False, writable=False, dirty=False, remark=str(failure))
+        return Condition.unreadable(failure)
     remark = _ONLY_READ
     if geometry.dirty:
         remark = "exFAT: the volume was not cleanly unmounted; fsck.exfat (or chkdsk) checks it. Reading works"

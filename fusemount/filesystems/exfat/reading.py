@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import stat
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,7 +43,7 @@ class ExfatReader(FileSystem):
         self._geometry = geometry
         self._clusters = Clusters(device, geometry)
         self._files: dict[Inode, File] = {}
-        self._directories: OrderedDict[Inode, Directory] = OrderedDict()
+        self._directory = lru_cache(_KEPT_DIRECTORIES)(self._read_directory)
         self._chain = lru_cache(256)(self._find_chain)
         self._tables: list[Table] | None = None
         self._upcase: array[int] | None = None
@@ -128,19 +127,10 @@ class ExfatReader(FileSystem):
             return self._clusters.contiguous(file.first, count)
         return self._clusters.follow(file.first, count)
 
-    def _directory(self, inode: Inode) -> Directory:
-        known = self._directories.get(inode)
-        if known is None:
-            file = self._file(inode)
-            if file is not None and not is_directory(file):
-                raise error(errno.ENOTDIR)
-            known = self._read_directory(inode)
-            self._directories[inode] = known
-            if len(self._directories) > _KEPT_DIRECTORIES:
-                self._directories.popitem(last=False)
-        return known
-
     def _read_directory(self, inode: Inode) -> Directory:
+        file = self._file(inode)
+        if file is not None and not is_directory(file):
+            raise error(errno.ENOTDIR)
         chain = self._chain(inode)
         found = self._parse(chain)
         files = {file.name: file for file in found if isinstance(file, File) and is_name(file.name)}

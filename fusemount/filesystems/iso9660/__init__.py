@@ -24,7 +24,7 @@ def examine(device: BlockDevice) -> Condition:
     try:
         volume = find_volumes(device)[0]
     except FormatError as failure:
-        return Condition(readable=False, writable=False, dirty=False, remark=str(failure))
+        return Condition.unreadable(failure)
     remark = _ONLY_READ
     if volume.size > device.size:
         remark = f"ISO 9660: the image was cut off, {volume.size - device.size} of {volume.size} bytes are missing"

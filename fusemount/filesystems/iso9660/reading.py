@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,7 +57,7 @@ class IsoReader(FileSystem):
     def __init__(self, device: BlockDevice, volumes: list[VolumeDescriptor]) -> None:
         self._device = device
         self._volume = volumes[0]
-        self._directories: OrderedDict[Inode, dict[bytes, tuple[Inode, int]]] = OrderedDict()
+        self._names = lru_cache(_KEPT_DIRECTORIES)(self._names_in)
         self._node = lru_cache(4096)(self._read_node)
         self._compressed = lru_cache(64)(self._open_compressed)
         self._skip = self._rock_ridge_of(volumes[0])
@@ -121,18 +120,12 @@ class IsoReader(FileSystem):
 
     # Directories
 
-    def _names(self, directory: Inode) -> dict[bytes, tuple[Inode, int]]:
+    def _names_in(self, directory: Inode) -> dict[bytes, tuple[Inode, int]]:
         """The names in a directory in the order of their records: {name: (number, type)}."""
-        names = self._directories.get(directory)
-        if names is None:
-            node = self._node(directory)
-            if node.kind != stat.S_IFDIR:
-                raise error(errno.ENOTDIR)
-            names = {name: found for name, found in self._read_names(node) if _is_name(name)}
-            self._directories[directory] = names
-            if len(self._directories) > _KEPT_DIRECTORIES:
-                self._directories.popitem(last=False)
-        return names
+        node = self._node(directory)
+        if node.kind != stat.S_IFDIR:
+            raise error(errno.ENOTDIR)
+        return {name: found for name, found in self._read_names(node) if _is_name(name)}
 
     def _read_names(self, node: Node) -> Iterator[tuple[bytes, tuple[Inode, int]]]:
         continues = False

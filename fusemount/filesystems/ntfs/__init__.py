@@ -34,7 +34,7 @@ def examine(device: BlockDevice) -> Condition:
     try:
         volume = _open_volume(device)
     except FormatError as failure:
-        return Condition(readable=False, writable=False, dirty=False, remark=str(failure))
+        return Condition.unreadable(failure)
     dirty, remark = obstacle(volume)
     if not remark and device.read_only:
         remark = _READ_ONLY

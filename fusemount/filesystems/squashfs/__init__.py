@@ -26,7 +26,7 @@ def examine(device: BlockDevice) -> Condition:
     try:
         decompressor(read_superblock(device).compressor)
     except OpenError as failure:
-        return Condition(readable=False, writable=False, dirty=False, remark=str(failure))
+        return Condition.unreadable(failure)
     return Condition(readable=True, writable=False, dirty=False, remark=_ONLY_READ)
 
 

@@ -10,7 +10,6 @@ import errno
 import itertools
 import stat
 import struct
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -45,7 +44,7 @@ class SquashReader(FileSystem):
         self._superblock = superblock
         self._metadata = Metadata(device, superblock.size, decompress)
         self._decompress = decompress
-        self._directories: OrderedDict[Inode, dict[bytes, tuple[Inode, int]]] = OrderedDict()
+        self._names = lru_cache(_KEPT_DIRECTORIES)(self._names_in)
         self._node = lru_cache(4096)(self._read_node)
         self._id = lru_cache(4096)(self._read_id)
         self._unpacked = lru_cache(max(4, _CACHE // superblock.block))(self._unpack)
@@ -129,17 +128,12 @@ class SquashReader(FileSystem):
 
     # Directories
 
-    def _names(self, directory: Inode) -> dict[bytes, tuple[Inode, int]]:
+    def _names_in(self, directory: Inode) -> dict[bytes, tuple[Inode, int]]:
         """The names in a directory: {name: (number, type)}."""
-        names = self._directories.get(directory)
-        if names is None:
-            node = self._node(directory)
-            if not stat.S_ISDIR(node.mode):
-                raise error(errno.ENOTDIR)
-            names = self._directories[directory] = dict(self._read_names(node))
-            if len(self._directories) > _KEPT_DIRECTORIES:
-                self._directories.popitem(last=False)
-        return names
+        node = self._node(directory)
+        if not stat.S_ISDIR(node.mode):
+            raise error(errno.ENOTDIR)
+        return dict(self._read_names(node))
 
     def _read_names(self, node: SquashInode) -> Iterator[tuple[bytes, tuple[Inode, int]]]:
         left = node.size - 3  # the size counts `.` and `..`, which are not there
