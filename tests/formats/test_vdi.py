@@ -18,6 +18,7 @@ from nbdserve.formats.vdi.create import create_image
 from nbdserve.formats.vdi.header import Header, read_header
 from nbdserve.opening import ReferencePolicy, open_image
 from tests.conformance import check_block_device
+from tests.formats.usage import scribble, use_damaged
 from tests.formats.zero_ranges import our_zeros, qemu_zeros
 from tests.reference import needs, qemu_content, qemu_img_create, qemu_info, qemu_io, run
 
@@ -55,22 +56,6 @@ def test_reads_what_qemu_wrote(tmp_path: Path, static: str) -> None:
     with open_image(image, read_only=True) as device:
         assert device.read(0, device.size) == qemu_content(image, "vdi")
         assert our_zeros(device) == qemu_zeros(image, "vdi")
-
-
-def scribble(device: BlockDevice, chosen: random.Random) -> bytearray:
-    """Change a device here and there; return what it must hold."""
-    model = device.read(0, device.size)
-    for step in range(40):
-        offset = chosen.randrange(device.size)
-        length = min(chosen.choice((1, 512, 5000, 70_000, 700_000)), device.size - offset)
-        data = chosen.randbytes(length) if step % 4 else bytes(length)
-        if step % 8 == 0:
-            device.zero(offset, length, unmap=step % 16 == 0)
-        else:
-            device.write(offset, data)
-        model[offset : offset + length] = data
-    assert device.read(0, device.size) == model
-    return model
 
 
 @needs("qemu-img", "qemu-io")
@@ -425,23 +410,11 @@ def test_mutations_are_refused_or_read(tmp_path: Path, seed: int) -> None:
         image.write_bytes(mutant)
         with suppress(OpenError), open_image(image, format="vdi") as device:
             opened += 1
-            use(device, chosen)
+            assert not device.read_only
+            use_damaged(device, chosen, allowed=(errno.EIO, errno.ENOSPC))
         with image.open("rb") as file:
             assert file.read(340) == mutant[:340]
     assert opened
-
-
-def use(device: BlockDevice, chosen: random.Random) -> None:
-    """Read and write here and there; whatever is not done must be an error of the storage."""
-    for _ in range(8 if device.size else 0):
-        offset = chosen.randrange(device.size)
-        length = min(chosen.choice((1, 5000)), device.size - offset)
-        try:
-            assert len(device.read(offset, length)) == length
-            device.write(offset, b"x" * length)
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.ENOSPC):
-                raise
 
 
 def test_uuids_are_random(tmp_path: Path) -> None:

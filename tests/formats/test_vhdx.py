@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from nbdserve.formats.vhdx.headers import Headers
 from nbdserve.opening import open_image
 from tests.conformance import check_block_device
 from tests.formats import vhdx_images as vhdx
+from tests.formats.usage import scribble, scribble_in_threads
 from tests.reference import needs, qemu_content, qemu_img_create, qemu_info, qemu_io, run
 
 
@@ -64,18 +64,8 @@ def test_reads_what_qemu_wrote(tmp_path: Path, subformat: str, block_size: str, 
 def test_qemu_reads_what_was_written_here(tmp_path: Path, subformat: str) -> None:
     image = qemu_img_create(tmp_path / "a.vhdx", "10M", "vhdx", subformat=subformat, block_size="4M")
     qemu_io(image, "write -P 1 1M 2M", format="vhdx")
-    chosen = random.Random(2)
     with vhdx.open_vhdx(image) as device:
-        model = device.read(0, device.size)
-        for step in range(40):
-            offset = chosen.randrange(device.size)
-            length = min(chosen.choice((1, 512, 5000, 70_000, 700_000)), device.size - offset)
-            data = chosen.randbytes(length) if step % 4 else bytes(length)
-            if step % 8 == 0:
-                device.zero(offset, length, unmap=step % 16 == 0)
-            else:
-                device.write(offset, data)
-            model[offset : offset + length] = data
+        model = scribble(device, random.Random(2))
         device.discard(4 * MIB, 4 * MIB)
         model[4 * MIB : 8 * MIB] = device.read(4 * MIB, 4 * MIB)
         assert device.read(0, device.size) == model
@@ -244,25 +234,8 @@ def test_threads_that_write_flush_and_zero_at_once(tmp_path: Path) -> None:
     image = tmp_path / "a.vhdx"
     share, threads = MIB + 512, 4  # neighbours share a block
     create_image(image, share * threads, block_size=MIB)
-    model = bytearray(share * threads)
-
-    def work(number: int) -> None:
-        chosen = random.Random(number)
-        for step in range(80):
-            offset = number * share + chosen.randrange(share)
-            length = min(chosen.choice((1, 600, 9000, MIB)), (number + 1) * share - offset)
-            data = chosen.randbytes(length) if step % 5 else bytes(length)
-            if step % 5:
-                device.write(offset, data)
-            else:
-                device.zero(offset, length)
-            model[offset : offset + length] = data
-            assert device.read(offset, length) == data
-            if step % 20 == 7:
-                device.flush()
-
-    with vhdx.open_vhdx(image) as device, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+    with vhdx.open_vhdx(image) as device:
+        model = scribble_in_threads(device, threads, steps=80, flush_every=20, lengths=(1, 600, 9000, MIB))
     qemu_check(image)
     assert qemu_content(image, "vhdx") == model
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.block import BlockDevice
 from nbdserve.errors import FormatError, OpenError, Unsupported
 from nbdserve.formats.vhdx import MIB
 from nbdserve.formats.vhdx.create import create_image
 from nbdserve.formats.vhdx.layout import BAT, FILE_PARAMETERS
 from tests.formats import vhdx_images as vhdx
+from tests.formats.usage import use_damaged
 
 REGIONS = 16  # where the entries begin in the region table
 ITEMS = 32  # and in the metadata table
@@ -217,7 +217,7 @@ def test_mutations_are_refused_or_read(tmp_path: Path, differencing: bool) -> No
                 file.truncate(chosen.randrange(len(good)))
         with suppress(OpenError), vhdx.open_vhdx(image, read_only=chosen.random() < 0.3) as device:
             opened += 1
-            _use(device, chosen)
+            use_damaged(device, chosen)
     assert 10 < opened < 95
 
 
@@ -237,17 +237,3 @@ def _mutate(image: Path, chosen: random.Random) -> None:
         case "table":
             entry = chosen.choice((chosen.randbytes(8), number(chosen.randrange(8) * MIB | chosen.randrange(8))))
             vhdx.patch(image, vhdx.TABLE + 8 * chosen.choice((0, 1, 2, 3, 4096)), entry)
-
-
-def _use(device: BlockDevice, chosen: random.Random) -> None:
-    """Read and write here and there; whatever is not done must be EIO."""
-    for _ in range(8 if device.size else 0):
-        offset = chosen.randrange(device.size)
-        length = min(chosen.choice((1, 5000)), device.size - offset)
-        try:
-            assert len(device.read(offset, length)) == length
-            if not device.read_only:
-                device.write(offset, b"x" * length)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.block import BlockDevice, MemoryDevice
+from nbdserve.block import MemoryDevice
 from nbdserve.errors import FormatError, OpenError, Unsupported
 from nbdserve.formats.vmdk.create import Subformat, create_image
 from nbdserve.formats.vmdk.stream import write_stream_optimized
 from nbdserve.opening import open_image
 from tests.formats import vmdk_images as vmdk
+from tests.formats.usage import use_damaged
 from tests.formats.zero_ranges import our_zeros, qemu_zeros
 from tests.reference import needs, qemu_content
 
@@ -306,20 +307,6 @@ def test_a_journal_that_has_to_be_replayed(tmp_path: Path) -> None:
 # Mutations
 
 
-def use(device: BlockDevice, chosen: random.Random) -> None:
-    """Read and write here and there; whatever is not done must be an error of the storage."""
-    for _ in range(8):
-        offset = chosen.randrange(device.size)
-        length = min(chosen.choice((1, 5000)), device.size - offset)
-        try:
-            assert len(device.read(offset, length)) == length
-            if not device.read_only:
-                device.write(offset, b"x" * length)
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.EFBIG):
-                raise
-
-
 def good_image(directory: Path, kind: str, chosen: random.Random) -> bytes:
     """The file of an image that is to be mutated."""
     image = directory / "good.vmdk"
@@ -371,7 +358,8 @@ def test_mutations_are_refused_or_read(tmp_path: Path, kind: str, seed: int) -> 
         part.write_bytes(mutant)
         with suppress(OpenError), open_image(image, format="vmdk", read_only=kind not in ("plain", "zeroed")) as device:
             opened += 1
-            use(device, chosen)
+            assert device.size
+            use_damaged(device, chosen, allowed=(errno.EIO, errno.EFBIG))
     assert opened
 
 
@@ -388,4 +376,5 @@ def test_mutated_descriptors_are_refused_or_read(tmp_path: Path, seed: int) -> N
             mutant[at : at + chosen.randint(0, 9)] = chosen.choice((chosen.randbytes(3), b'"', b"\n", b"9" * 30, b"\0"))
         image.write_bytes(mutant)
         with suppress(OpenError), open_image(image, format="vmdk") as device:
-            use(device, chosen)
+            assert device.size
+            use_damaged(device, chosen, allowed=(errno.EIO, errno.EFBIG))

@@ -19,6 +19,7 @@ from nbdserve.formats import OpenOptions
 from nbdserve.formats.vpc import is_footer, open_image
 from tests.conformance import check_block_device
 from tests.formats import vhd_images as vhd
+from tests.formats.usage import scribble, scribble_in_threads, use_damaged
 from tests.reference import needs, qemu_content, qemu_img_create, qemu_info, qemu_io
 
 MIB = 1 << 20
@@ -69,19 +70,8 @@ def test_reads_what_qemu_wrote(tmp_path: Path, subformat: str) -> None:
 def test_qemu_reads_what_was_written_here(tmp_path: Path, subformat: str) -> None:
     image = qemu_img_create(tmp_path / "a.vhd", "12M", "vpc", subformat=subformat)
     qemu_io(image, "write -P 1 1M 2M", format="vpc")
-    chosen = random.Random(2)
     with vhd.open_vhd(image) as device:
-        model = device.read(0, device.size)
-        for step in range(60):
-            offset = chosen.randrange(device.size)
-            length = min(chosen.choice((1, 512, 5000, 70_000, 700_000)), device.size - offset)
-            data = chosen.randbytes(length) if step % 4 else bytes(length)
-            if step % 8 == 0:
-                device.zero(offset, length, unmap=step % 16 == 0)
-            else:
-                device.write(offset, data)
-            model[offset : offset + length] = data
-        assert device.read(0, device.size) == model
+        model = scribble(device, random.Random(2), steps=60)
     assert qemu_content(image, "vpc") == model
     assert qemu_info(image)["format"] == ("vpc" if subformat == "dynamic" else "raw")
     qemu_io(image, "write -P 7 11M 512", format="vpc")  # QEMU can go on where we left
@@ -256,25 +246,8 @@ def test_threads_that_write_flush_and_zero_at_once(tmp_path: Path) -> None:
     image = tmp_path / "a.vhd"
     share, threads = 64 * 4096 + 512, 4  # neighbours share a block
     image.write_bytes(vhd.dynamic(share * threads, 4096))
-    model = bytearray(share * threads)
-
-    def work(number: int) -> None:
-        chosen = random.Random(number)
-        for step in range(150):
-            offset = number * share + chosen.randrange(share)
-            length = min(chosen.choice((1, 600, 9000)), (number + 1) * share - offset)
-            data = chosen.randbytes(length) if step % 5 else bytes(length)
-            if step % 5:
-                device.write(offset, data)
-            else:
-                device.zero(offset, length)
-            model[offset : offset + length] = data
-            assert device.read(offset, length) == data
-            if step % 50 == 7:
-                device.flush()
-
-    with vhd.open_vhd(image) as device, ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+    with vhd.open_vhd(image) as device:
+        model = scribble_in_threads(device, threads, steps=150, flush_every=50)
     assert qemu_content(image, "vpc") == model
 
 
@@ -438,20 +411,8 @@ def test_mutations_are_refused_or_read(tmp_path: Path) -> None:
         image.write_bytes(mutant)
         with suppress(OpenError), vhd.open_vhd(image) as device:
             opened += 1
-            _use(device, chosen)
+            assert not device.read_only
+            use_damaged(device, chosen)
         after = image.read_bytes()
         assert after == mutant or is_footer(after[:512])
     assert 50 < opened < 290
-
-
-def _use(device: BlockDevice, chosen: random.Random) -> None:
-    """Read and write here and there; whatever is not done must be EIO."""
-    for _ in range(8 if device.size else 0):
-        offset = chosen.randrange(device.size)
-        length = min(chosen.choice((1, 5000)), device.size - offset)
-        try:
-            assert len(device.read(offset, length)) == length
-            device.write(offset, b"x" * length)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise

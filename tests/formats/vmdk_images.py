@@ -6,6 +6,11 @@ import re
 import struct
 from pathlib import Path
 
+import pytest
+
+from nbdserve.errors import OpenError
+from nbdserve.opening import open_image
+
 SECTOR = 512
 GRAIN = 4096  # bytes, of the extents made here
 
@@ -85,3 +90,14 @@ def se_sparse(sectors: int, grains: dict[int, bytes | int], *, replay: int = 0) 
     start = (header.ljust(SECTOR, b"\0") + volatile).ljust(directory_at * SECTOR, b"\0")
     first = struct.pack(f"<{tables}Q", *directory).ljust(directory_size * SECTOR, b"\0")
     return start + first + bytes(raw) + data
+
+
+def content_of(image: Path, **options: object) -> bytes:
+    with open_image(image, read_only=True, **options) as device:  # type: ignore[arg-type]
+        return bytes(device.read(0, device.size))
+
+
+def refused(image: Path, words: str, **options: object) -> None:
+    with pytest.raises(OpenError, match=words) as caught:
+        content_of(image, **options)
+    assert "\n" not in str(caught.value)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fusemount.disks import MIB, checksum, ext, give, make_disk, make_ext4, tool, tree, two
 from tests.fusemount.mounted import (
     COMMAND,
     FAILS,
@@ -25,7 +23,6 @@ from tests.fusemount.mounted import (
     is_mounted,
     mounted,
     needs_fuse,
-    open_folder,
     prefix,
     refusal,
     run,
@@ -35,74 +32,6 @@ from tests.fusemount.mounted import (
 from tests.reference import needs, qemu_check, qemu_img_create
 
 pytestmark = needs_fuse
-
-MIB = 1 << 20
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with open_folder() as path:
-        yield path
-
-
-@pytest.fixture
-def mnt(folder: Path) -> Path:
-    path = folder / "mnt"
-    path.mkdir()
-    give(path)
-    return path
-
-
-def give(*paths: Path) -> None:
-    """To the ordinary user who mounts."""
-    if os.geteuid() == 0:
-        for path in paths:
-            os.chown(path, NOBODY, NOBODY)
-
-
-def tool(*command: str | Path) -> str:
-    result = run(command)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def tree(folder: Path) -> Path:
-    """Some files and directories, the same every time."""
-    source = folder / "tree"
-    (source / "etc/deep/deeper").mkdir(parents=True)
-    (source / "etc/hostname").write_text("guest\n")
-    (source / "etc/deep/deeper/data").write_bytes(bytes(range(256)) * 2000)
-    (source / "etc/link").symlink_to("/etc/hostname")
-    (source / "empty").mkdir()
-    (source / "bin").mkdir()
-    return source
-
-
-def make_ext4(path: Path, size: int = 32 * MIB, source: Path | None = None, *options: str) -> Path:
-    path.touch()
-    os.truncate(path, size)
-    tool("mkfs.ext4", "-q", *(["-d", str(source)] if source else []), *options, path)
-    give(path)
-    return path
-
-
-def make_disk(path: Path, script: str, parts: dict[int, Path], size: int = 128 * MIB) -> Path:
-    """A disk with the partition table that sfdisk makes of a script, and parts copied to offsets in MiB."""
-    path.touch()
-    os.truncate(path, size)
-    subprocess.run(["sfdisk", "-q", path], input=script, text=True, check=True, timeout=60, capture_output=True)
-    for offset, part in parts.items():
-        tool("dd", f"if={part}", f"of={path}", "bs=1M", f"seek={offset}", "conv=notrunc,sparse", "status=none")
-    give(path)
-    return path
-
-
-def checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-ext = needs("mkfs.ext4", "e2fsck", "debugfs")
-two = needs("mkfs.ext4", "e2fsck", "mkfs.vfat", "sfdisk")
 
 
 # Looking
@@ -529,87 +458,3 @@ def test_fstab(folder: Path, mnt: Path) -> None:
     assert "allow_other" in lines[4][3]
     assert "allow_other" not in lines[2][3]
     tool("e2fsck", "-fn", image)
-
-
-# Bad input: one line each, with the way out
-
-
-@ext
-def test_mount_points_that_cannot_be_used(folder: Path, mnt: Path) -> None:
-    image = make_ext4(folder / "disk.raw")
-    assert refusal(image, folder / "none", nobody=True) == (
-        f"{folder}/none: there is no such directory; make it with 'mkdir -p {folder}/none'"
-    )
-    assert "is no directory" in refusal(image, image, nobody=True)
-    if os.geteuid() == 0:
-        (folder / "foreign").mkdir(0o755)
-        assert "belongs to somebody else" in refusal(image, folder / "foreign", nobody=True)
-    with mounted(image, mnt, nobody=True):
-        assert "is busy, something is mounted there" in refusal(image, mnt, nobody=True)
-    assert "nothing is mounted here by fusemount" in refusal("--unmount", mnt, nobody=True)
-
-
-@ext
-@needs("cryptsetup", "mkfs.xfs")
-def test_images_that_cannot_be_mounted(folder: Path, mnt: Path) -> None:
-    assert refusal(folder / "none", mnt, nobody=True) == f"{folder}/none: no such file; check the path"
-    noise = folder / "noise"
-    noise.write_bytes(b"x" * MIB)
-    assert "no known file system; --raw shows it as a file" in refusal(noise, mnt, nobody=True)
-    luks = folder / "luks"
-    luks.touch()
-    os.truncate(luks, 32 * MIB)
-    tool(
-        "cryptsetup",
-        "luksFormat",
-        "-q",
-        "--type=luks1",
-        "--pbkdf-force-iterations=1000",
-        "--key-file=/etc/passwd",
-        luks,
-    )
-    assert "encrypted (LUKS)" in refusal("--format=raw", luks, mnt, nobody=True)
-    image = make_ext4(folder / "disk.raw")
-    assert "no partition table" in refusal("--partition=3", image, mnt, nobody=True)
-    assert "not a format known here" in refusal("--format=zip", image, mnt, nobody=True)
-    assert "no range of numbers" in refusal("--map-uid=1", image, mnt, nobody=True)
-    image.chmod(0o444)
-    if os.geteuid() == 0:
-        os.chown(image, 0, 0)
-    assert "no permission to write" in refusal("--rw", image, mnt, nobody=True)
-
-
-@two
-def test_a_partition_that_is_not_there(folder: Path, mnt: Path) -> None:
-    image = make_disk(folder / "disk.raw", "label: dos\nsize=24MiB\n", {})
-    assert "no partition '7' on this disk; it has: p1" in refusal("--partition=7", image, mnt, nobody=True)
-    assert "p1: no known file system" in refusal("--partition=1", image, mnt, nobody=True)
-
-
-@pytest.mark.parametrize(
-    "options", ["--raw -i", "--snapshot=a --rw", "--overlay=a --snapshot=b", "-o nonsense", "-o unmount=x"]
-)
-def test_options_that_make_no_sense(folder: Path, mnt: Path, options: str) -> None:
-    result = fusemount(*options.split(), folder / "x", mnt)
-    assert result.returncode == 2
-    assert result.stderr.startswith("usage: ")
-
-
-@ext
-def test_without_fusermount3_or_pyfuse3(folder: Path, mnt: Path) -> None:
-    image = make_ext4(folder / "disk.raw")
-    empty = folder / "empty"
-    empty.mkdir()
-    setpriv = shutil.which("setpriv")
-    assert setpriv is not None
-    command = [setpriv, *prefix(True)[1:], *COMMAND, image, mnt] if os.geteuid() == 0 else [*COMMAND, image, mnt]
-    without = environment() | {"PATH": str(empty)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=without)
-    assert result.returncode == 1
-    assert result.stderr.startswith("fusemount: fusermount3 is not installed")
-    (empty / "sitecustomize.py").write_text("import sys; sys.modules['pyfuse3'] = None\n")
-    hidden = environment() | {"PYTHONPATH": f"{empty}:{REPOSITORY}"}
-    result = subprocess.run([*COMMAND, image, mnt], capture_output=True, text=True, timeout=60, env=hidden)
-    assert result.returncode == 1
-    assert "pip install 'nbdserve[fuse]'" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
