@@ -49,6 +49,9 @@ class Recorder(HostFile):
     def zero_range(self, offset: int, length: int) -> bool:
         return False  # zeros are written instead, which is noted
 
+    def write_zeros(self, offset: int, length: int) -> None:
+        self.write(offset, bytes(length))
+
     def sync(self) -> None:
         super().sync()
         self.log.append(Change(self.size, 0))
@@ -64,7 +67,10 @@ class Remains:
 
     @classmethod
     def of(cls, path: Path) -> Remains:
-        content = path.read_bytes()
+        return cls.of_content(path.read_bytes())
+
+    @classmethod
+    def of_content(cls, content: bytes) -> Remains:
         starts = range(0, len(content), SECTOR)
         sectors = {at // SECTOR: content[at : at + SECTOR] for at in starts if any(content[at : at + SECTOR])}
         return cls(sectors, len(content))
@@ -88,6 +94,12 @@ class Remains:
     def _put(self, number: int, start: int, data: bytes) -> None:
         old = self.sectors.get(number, bytes(SECTOR))
         self.sectors[number] = old[:start] + data + old[start + len(data) :]
+
+    def content(self) -> bytes:
+        content = bytearray(self.size)
+        for number, data in self.sectors.items():
+            content[number * SECTOR : (number + 1) * SECTOR] = data
+        return bytes(content[: self.size])
 
     def write_to(self, path: Path) -> None:
         with path.open("wb") as file:
@@ -159,17 +171,25 @@ class Witness:
 
     def write(self, sectors: range, number: int, *, discard: bool = False) -> None:
         """Write sectors; the number 0 zeroes them."""
-        for sector in sectors:
-            if sector in self._now:
-                self.written.append((len(self.log), sector, number))
-                self._now[sector] = number
-        offset, length = sectors.start * SECTOR, len(sectors) * SECTOR
+        offset, length = self._note(sectors, number)
         if number:
-            self.device.write(offset, sector_of(number) * len(sectors))
+            self._put(offset, sector_of(number) * len(sectors), number)
         elif discard:
             self.device.discard(offset, length)
         else:
             self.device.zero(offset, length)
+
+    def _note(self, sectors: range, number: int) -> tuple[int, int]:
+        """Note that sectors are about to get a number; their offset and length in bytes."""
+        for sector in sectors:
+            if sector in self._now:
+                self.written.append((len(self.log), sector, number))
+                self._now[sector] = number
+        return sectors.start * SECTOR, len(sectors) * SECTOR
+
+    def _put(self, offset: int, data: bytes, number: int) -> None:
+        """Write to the device; the number tells subclasses in which way."""
+        self.device.write(offset, data)
 
     def flush(self) -> None:
         """Flush the device; from then on what was written must survive."""

@@ -13,7 +13,8 @@ from nbdserve.formats import OpenOptions
 from nbdserve.formats.qcow2.create import CreateOptions, create_image
 from nbdserve.formats.qcow2.opening import open_qcow2
 from nbdserve.opening import ReferencePolicy, open_image
-from tests.formats.qcow2_crashes import SECTOR, Change, Recorder, Witness
+from tests.formats.crashes import SECTOR, Change, Remains, pieces_of
+from tests.formats.qcow2_crashes import Recorder, Witness
 from tests.reference import needs, qemu_check, qemu_content, qemu_img_create
 
 pytestmark = needs("qemu-img", "qemu-io")
@@ -91,7 +92,7 @@ class _Both(Recorder):
 def test_a_crash_hits_two_files(tmp_path: Path, options: CreateOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 96 * KIB
     create_image(tmp_path / "a", size, options)
-    stable = [bytearray((tmp_path / name).read_bytes()) for name in ("a", "data")]
+    stable = [Remains.of(tmp_path / name) for name in ("a", "data")]
     log: list[tuple[int, Change | None]] = []
 
     def open_file(name: str, *, writable: bool) -> HostFile:
@@ -107,9 +108,9 @@ def test_a_crash_hits_two_files(tmp_path: Path, options: CreateOptions, monkeypa
         for number in range(1, 60):
             sector = chosen.randrange(size // SECTOR - 20)
             if number % 4 == 0:
-                witness.zero(sector, chosen.randrange(1, 20), unmap=number % 8 == 0)
+                witness.zero(range(sector, sector + chosen.randrange(1, 20)), unmap=number % 8 == 0)
             else:
-                witness.write(sector, chosen.randrange(1, 20), number)
+                witness.write(range(sector, sector + chosen.randrange(1, 20)), number)
             if number % 7 == 0:
                 witness.flush()
         witness.flush()
@@ -119,17 +120,17 @@ def test_a_crash_hits_two_files(tmp_path: Path, options: CreateOptions, monkeypa
     pending: list[tuple[int, Change]] = []
     for moment, (which, entry) in enumerate([*log, (0, None)]):
         share = chosen.choice((0, 0.5, 1))
-        contents = [bytearray(each) for each in stable]
+        contents = [each.copy() for each in stable]
         for owner, change in pending:
-            for piece in change.sectors():
+            for piece in pieces_of(change):
                 if chosen.random() < share:
-                    piece.apply(contents[owner])
+                    contents[owner].apply(piece)
         for name, content in zip(("a", "data"), contents, strict=True):
-            (crashed / name).write_bytes(content)
+            (crashed / name).write_bytes(content.content())
         with open_image(crashed / "a", read_only=True) as left:
-            witness.check(moment, left)
+            witness.check(left, moment)
             if options.data_file_raw and moment == len(log):
-                assert left.read(0, size) == contents[1]
+                assert left.read(0, size) == contents[1].content()
         if moment % 20 == 0:
             qemu_check(crashed / "a", leaks_allowed=True)
         if entry is not None:
@@ -137,5 +138,5 @@ def test_a_crash_hits_two_files(tmp_path: Path, options: CreateOptions, monkeypa
             continue
         for owner, change in pending:
             if owner == which:
-                change.apply(stable[owner])
+                stable[owner].apply(change)
         pending = [(owner, change) for owner, change in pending if owner != which]

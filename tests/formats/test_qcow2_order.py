@@ -11,8 +11,9 @@ from nbdserve.errors import OpenError
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.writable import WritableQcow2Image
 from nbdserve.formats.qcow2.writeback import WriteBack, _Flush
+from tests.formats.crashes import SECTOR
 from tests.formats.qcow2_check import Check
-from tests.formats.qcow2_crashes import SECTOR, Recorder, Witness, remains
+from tests.formats.qcow2_crashes import Recorder, Witness, remains
 from tests.formats.qcow2_images import open_qcow2
 from tests.reference import needs, qemu_check, qemu_img_create, qemu_io, run
 
@@ -77,11 +78,11 @@ def _work(witness: Witness, chosen: random.Random, steps: int) -> None:
             case 5 if number % 3 == 0:
                 witness.pack(sector, number)
             case 0:
-                witness.zero(sector, count, unmap=True)
+                witness.zero(range(sector, sector + count), unmap=True)
             case 1:
-                witness.zero(sector, count, unmap=False)
+                witness.zero(range(sector, sector + count), unmap=False)
             case _:
-                witness.write(sector, count, number)
+                witness.write(range(sector, sector + count), number)
         if chosen.random() < 0.2:
             witness.flush()
     witness.flush()
@@ -113,7 +114,7 @@ def _crash_everywhere(image: Path, seed: int, *, steps: int = 35, samples: int =
         Check(content).run()
         crashed.write_bytes(content)
         with open_qcow2(crashed, read_only=True) as left:
-            witness.check(moment, left)
+            witness.check(left, moment)
         assert _snapshot_of(crashed) == before
         crashes += 1
         if crashes % every == 0:
