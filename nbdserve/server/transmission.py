@@ -3,15 +3,15 @@
 Theory of operation. One receive takes whatever the socket has; every whole request in it is handled before the next
 await; small replies gather in one buffer and leave in one send. What the page cache answers at once is answered right
 here: small reads by preadv straight into the reply buffer (HostFile.nowait makes it fail where the disk would be
-needed), large ones by sendfile, writes into mapped space by pwrite. Everything that may block goes to a worker thread
-(requests.RequestHandler), whose reply is sent when it is ready, so a slow disk stalls only those who wait for it.
+needed), large ones mostly by sendfile (sending.ReplySender), writes into mapped space by pwrite. Everything that may
+block goes to a worker thread (requests.RequestHandler), whose reply is sent when it is ready, so a slow disk stalls
+only those who wait for it.
 
 Invariants:
 
 - A pin (block.pins) is held from the lookup of an extent until its bytes have been read, written or handed to the
   socket, so no freed host space is reused under it. Pages that sendfile has queued survive reuse, because formats
   punch a hole before they reuse space (HostFile.punch_hole).
-- The socket is claimed (_claim_socket) while the bytes of one reply leave, so replies never mix.
 - What waits in worker threads is bounded in number and in bytes; beyond that the client is not read from.
 """
 
@@ -30,19 +30,18 @@ from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, Command, CommandFlag
 from nbdserve.protocol.messages import Agreement
 from nbdserve.protocol.transmission_server import HEADER, PLAIN_READ, PLAIN_WRITE, RequestReader
 from nbdserve.server.requests import Payload, RequestHandler
+from nbdserve.server.sending import GATHERED, LARGE_READ, ReplySender
 from nbdserve.server.transport import Transport
 
 _READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
 _DF = int(CommandFlags.DF)
 
-_LARGE_READ = 64 << 10  # from here on sendfile beats a copy
-_GATHERED = 384 << 10  # bytes of small replies that leave without waiting for more
-_REPLY_BYTES = _GATHERED + 2 * _LARGE_READ
 _MAXIMUM_RUNS = 256  # extents of one read that are sent from the loop; their chunk headers fit into the buffer
 _INLINE_WRITE = 1 << 20  # larger writes are worth a worker thread, so that others get their turn
 
+_BULK = 32 << 20  # bytes of large reads and writes, after which a look at where the client runs pays
 _TURN = 0.002  # seconds that one connection may keep the loop before it lets others run
-_SPINS = 60  # looks at an empty socket before parking; each costs about a microsecond
+_PATIENCE = 0.0002  # seconds of looking at an empty socket before parking
 _SOON = 0.0005  # seconds; a client that came back this soon is worth spinning for
 _SLOW_WRITE = 0.02  # seconds; a disk that holds a write up this long gets its writes from threads for a while
 _SLOW_SPELL = 2.0  # seconds
@@ -76,15 +75,14 @@ class Transmission:
         self._reader = RequestReader(agreement.export.maximum_block)
         self._maximum = agreement.export.maximum_block
         self._workers = workers
-        self._view = memoryview(bytearray(_REPLY_BYTES))
-        self._socket_taken = False
-        self._socket_queue = trio.lowlevel.ParkingLot()
+        self._sender = ReplySender(transport, agreement.structured)
         self._parked: trio.CancelScope | None = None
         self._stopping = False
         self._waiting = 0
         self._waiting_bytes = 0
         self._room = trio.Event()
-        self._spins = 0
+        self._patience = 0.0
+        self._bulk = 0
         self._client_is_quiet = False
         self._writes_wait_until = 0.0
 
@@ -119,6 +117,9 @@ class Transmission:
 
     async def _receive_and_serve(self) -> None:
         while not self._stopping and not await self._take_turn():
+            if self._bulk > _BULK:
+                self._bulk = 0
+                self._transport.keep_apart()
             if self._client_is_quiet:
                 await self._park()
             else:
@@ -127,25 +128,27 @@ class Transmission:
     async def _take_turn(self) -> bool:
         """Serve until the client is quiet or others should get their turn; True when it has said goodbye or gone."""
         receive_nowait, reader, clock = self._transport.receive_nowait, self._reader, time.perf_counter
-        turn_ends = clock() + _TURN
-        spins = 0
+        now = clock()
+        turn_ends = now + _TURN
+        give_up = now + self._patience
         self._client_is_quiet = False
         with self._device.pins.held():
-            while clock() < turn_ends:
+            while now < turn_ends:
                 try:
                     count = receive_nowait(reader.space())
                 except BlockingIOError:
-                    spins += 1
-                    if spins > self._spins:
+                    now = clock()
+                    if now >= give_up:
                         self._client_is_quiet = True
                         return False
                     continue
                 if not count:
                     return True
-                spins = 0
                 reader.received(count)
                 if await self._serve_batch():
                     return True
+                now = clock()
+                give_up = now + self._patience
         return False
 
     async def _park(self) -> None:
@@ -154,21 +157,21 @@ class Transmission:
         with trio.CancelScope() as self._parked:
             await self._transport.wait_readable()
         self._parked = None
-        self._spins = _SPINS if time.perf_counter() - parked_at < _SOON else 0
+        self._patience = _PATIENCE if time.perf_counter() - parked_at < _SOON else 0
 
     async def _serve_batch(self) -> bool:
         """Handle every whole request received; True when the client has said goodbye."""
         filled = 0
         while True:
             filled = self._answer_at_hand(filled)
-            if filled > _GATHERED:
-                await self._send_gathered(filled)
+            if filled > GATHERED:
+                await self._sender.send_gathered(filled)
                 filled = 0
                 continue
             request = self._reader.next_request()
             if request is None or request[1] == _DISC:
                 if filled:
-                    await self._send_gathered(filled)
+                    await self._sender.send_gathered(filled)
                 return request is not None
             filled = await self._answer_one(filled, *request)
 
@@ -179,15 +182,15 @@ class Transmission:
             filled: bytes of replies that are in the buffer already; returns how many there are now.
         """
         buffer, position, end = self._reader.pending()
-        view, size, device, structured = self._view, self._device.size, self._device, self._structured
+        view, size, device, structured = self._sender.view, self._device.size, self._device, self._structured
         unpack, locate, preadv = HEADER.unpack_from, device.locate, os.preadv
         pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
         header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
         head, done = HEADER.size, replies.SIMPLE_REPLY.size
-        while (body := position + head) <= end and filled <= _GATHERED:
+        while (body := position + head) <= end and filled <= GATHERED:
             kind, cookie, offset, length = unpack(buffer, position)
             if kind == PLAIN_READ:
-                if not 0 < length < _LARGE_READ or offset + length > size:
+                if not 0 < length < LARGE_READ or offset + length > size:
                     break
                 place = locate(offset, length)
                 if place is None:
@@ -221,15 +224,16 @@ class Transmission:
         self, filled: int, flags: int, command: int, cookie: int, offset: int, length: int, payload: memoryview | None
     ) -> int:
         """Answer a request of any kind, or have it answered; takes and returns the fill of the reply buffer."""
-        if command == _READ and _LARGE_READ <= length <= self._maximum and not flags & ~_DF:
-            runs = self._runs_at_hand(flags, offset, length) if offset + length <= self._device.size else None
-            if runs is not None:
-                await self._send_runs(filled, cookie, offset, length, runs)
-                return 0
+        if command == _READ and LARGE_READ <= length <= self._maximum and not flags & ~_DF:
+            filled, answered = await self._read_large(filled, flags, cookie, offset, length)
+            if answered == length:
+                return filled
+            offset += answered
+            length -= answered
         elif command == _WRITE and payload is not None and not flags and self._write_here(offset, payload):
-            return replies.put_simple_reply(self._view, filled, cookie)
+            return replies.put_simple_reply(self._sender.view, filled, cookie)
         if filled:
-            await self._send_gathered(filled)
+            await self._sender.send_gathered(filled)
         await self._hand_over(flags, command, cookie, offset, length, payload)
         return 0
 
@@ -247,11 +251,39 @@ class Transmission:
         except (OSError, NbdserveError):
             return False  # the worker meets the same error and reports it
         ended = time.perf_counter()
+        self._bulk += length if length >= LARGE_READ else 0
         if ended - started > _SLOW_WRITE:
             self._writes_wait_until = ended + _SLOW_SPELL
         return True
 
-    # Large reads, from the host's files straight into the socket
+    # Large reads, without a worker thread
+
+    async def _read_large(self, filled: int, flags: int, cookie: int, offset: int, length: int) -> tuple[int, int]:
+        """Answer a large read, or the beginning of one, from the page cache.
+
+        Returns:
+            The fill of the reply buffer, and how many bytes of the range are answered; a worker has to do the rest.
+        """
+        device, sender = self._device, self._sender
+        if offset + length > device.size:
+            return filled, 0
+        place = device.locate(offset, length)
+        if place is not None and self._transport.sends_files and place[0].may_be_sent:
+            if not place[0].is_cached(place[1], length):
+                return filled, 0
+            self._bulk += length
+            await sender.send_placed(filled, cookie, offset, length, *place)
+            return 0, length
+        if place is not None:
+            if filled:
+                await sender.send_gathered(filled)
+            whole = not self._structured or bool(flags)
+            return 0, await sender.send_copied(cookie, offset, length, *place, whole=whole)
+        runs = self._runs_at_hand(flags, offset, length)
+        if runs is None:
+            return filled, 0
+        await sender.send_runs(filled, cookie, offset, runs)
+        return 0, length
 
     def _runs_at_hand(self, flags: int, offset: int, length: int) -> list[Extent] | None:
         """The extents of a large read if none of them needs the disk or a computation; None: a worker's job."""
@@ -263,7 +295,7 @@ class Transmission:
             try:
                 extent = self._device.map_nowait(offset, end - offset)
             except (OSError, NbdserveError):
-                return None  # as above
+                return None  # the worker meets the same error and reports it
             if extent is None or isinstance(extent, Computed) or len(runs) == _MAXIMUM_RUNS:
                 return None
             if isinstance(extent, Data) and not extent.file.is_cached(extent.host_offset, extent.length):
@@ -271,32 +303,6 @@ class Transmission:
             runs.append(extent)
             offset += extent.length
         return runs if len(runs) == 1 or (self._structured and not flags) else None
-
-    async def _send_runs(self, filled: int, cookie: int, offset: int, length: int, runs: list[Extent]) -> None:
-        """Send what is gathered and, behind it, a reply whose data lies in files or is zeros."""
-        view, send, end = self._view, self._transport.send, offset + length
-        await self._claim_socket()
-        try:
-            for extent in runs:
-                last = offset + extent.length == end
-                if not self._structured:
-                    filled = replies.put_simple_reply(view, filled, cookie)
-                elif isinstance(extent, Data):
-                    filled = replies.put_data_chunk(view, filled, cookie, offset, extent.length, last)
-                else:
-                    filled = replies.put_hole_chunk(view, filled, cookie, offset, extent.length, last)
-                if isinstance(extent, Data):
-                    await send([view[:filled]], more=True)
-                    await self._transport.send_file(extent.file, extent.host_offset, extent.length)
-                    filled = 0
-                elif not self._structured:
-                    await send([view[:filled], bytes(extent.length)])
-                    filled = 0
-                offset += extent.length
-            if filled:
-                await send([view[:filled]])
-        finally:
-            self._release_socket()
 
     # Everything else, in worker threads
 
@@ -322,34 +328,7 @@ class Transmission:
         reply = await trio.to_thread.run_sync(
             self._handler.handle, flags, command, cookie, offset, length, payload, limiter=self._workers
         )
-        await self._claim_socket()
-        try:
-            await self._transport.send(reply)
-        finally:
-            self._release_socket()
+        await self._sender.send(reply)
         self._waiting -= 1
         self._waiting_bytes -= cost
         self._room.set()
-
-    async def _send_gathered(self, filled: int) -> None:
-        """Send the first `filled` bytes of the reply buffer."""
-        sent = 0 if self._socket_taken else self._transport.send_nowait(self._view[:filled])
-        if sent < filled:
-            await self._claim_socket()
-            try:
-                await self._transport.send([self._view[sent:filled]])
-            finally:
-                self._release_socket()
-
-    # Who may send. trio.Lock takes a turn through the scheduler even when it is free, which costs more than a read.
-
-    async def _claim_socket(self) -> None:
-        if self._socket_taken:
-            await self._socket_queue.park()
-        self._socket_taken = True
-
-    def _release_socket(self) -> None:
-        if self._socket_queue:
-            self._socket_queue.unpark()  # it stays taken: handed over, so that nobody waits forever
-        else:
-            self._socket_taken = False

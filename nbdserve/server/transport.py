@@ -18,10 +18,10 @@ from typing import Protocol
 import trio
 
 from nbdserve.block import HostFile
+from nbdserve.server.placement import client_locator, keep_apart
 
 _BUFFER_BYTES = 4 << 20
-_CIPHERTEXT_BYTES = 1 << 18
-_PLAINTEXT_PIECE = 1 << 20  # what TLS encrypts before it is sent
+_ALERTED_BYTES = 1 << 16
 _DELIVERY_SECONDS = 5.0
 
 Buffer = bytes | bytearray | memoryview
@@ -44,7 +44,7 @@ class Transport(Protocol):
         """Return when receive_nowait() is worth another try."""
         ...
 
-    def send_nowait(self, data: memoryview) -> int:
+    def send_nowait(self, data: memoryview, *, more: bool = False) -> int:
         """Send what the kernel takes at once; the number of bytes, 0 when send() has to do it all."""
         ...
 
@@ -52,8 +52,16 @@ class Transport(Protocol):
         """Send all bytes; `more` tells that others follow at once."""
         ...
 
+    def send_file_nowait(self, file: HostFile, offset: int, length: int) -> int:
+        """Send what the kernel takes at once of a file's bytes, without copying them; the number of bytes."""
+        ...
+
     async def send_file(self, file: HostFile, offset: int, length: int) -> None:
         """Send bytes of a file without copying them."""
+        ...
+
+    def keep_apart(self) -> None:
+        """Leave the processor that the client runs on, if it runs on this host."""
         ...
 
     async def delivered(self) -> None:
@@ -78,14 +86,21 @@ class PlainTransport:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.sock = sock
+        self.locate_client = client_locator(sock)
         self.receive_nowait = sock.recv_into
 
     async def wait_readable(self) -> None:
         await trio.lowlevel.wait_readable(self.sock)
 
-    def send_nowait(self, data: memoryview) -> int:
+    def send_nowait(self, data: memoryview, *, more: bool = False) -> int:
         try:
-            return self.sock.send(data)
+            return self.sock.send(data, socket.MSG_MORE if more else 0)
+        except BlockingIOError:
+            return 0
+
+    def send_file_nowait(self, file: HostFile, offset: int, length: int) -> int:
+        try:
+            return os.sendfile(self.sock.fileno(), file.fd, offset, length)
         except BlockingIOError:
             return 0
 
@@ -112,107 +127,109 @@ class PlainTransport:
             offset += sent
             length -= sent
 
+    def keep_apart(self) -> None:
+        if self.locate_client is not None:
+            keep_apart(self.locate_client)
+
     async def delivered(self) -> None:
-        if self.sock.family == socket.AF_UNIX:
-            return
-        # TCP answers a close with unread bytes by a reset, and forgets what it has not sent: see tcp_close() in Linux.
-        with trio.move_on_after(_DELIVERY_SECONDS), suppress(OSError):
-            while any(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4))):
-                await trio.sleep(0.002)
+        await wait_until_delivered(self.sock)
 
     async def close(self) -> None:
         self.sock.close()
 
 
 class TlsTransport:
-    """The same through TLS, on top of a connected plain transport.
+    """The same through TLS.
 
-    ssl works on two memory buffers here: `_incoming` gets what the socket brings, `_outgoing` holds what it must send.
+    Takes the socket of a plain transport over, which must not be used any more, but by close().
     """
 
     sends_files = False
 
     def __init__(self, plain: PlainTransport, context: ssl.SSLContext) -> None:
-        self._plain = plain
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._ciphertext = memoryview(bytearray(_CIPHERTEXT_BYTES))
+        self._locate_client = plain.locate_client
+        plain.sock = self._sock = context.wrap_socket(plain.sock, server_side=True, do_handshake_on_connect=False)
 
     async def handshake(self) -> None:
         """Agree on keys; raises ssl.SSLError or ConnectionError."""
         while True:
             try:
-                self._tls.do_handshake()
+                self._sock.do_handshake()
             except ssl.SSLWantReadError:
-                await self._send_ciphertext()
                 await self.wait_readable()
-                self._pull()
+            except ssl.SSLWantWriteError:
+                await trio.lowlevel.wait_writable(self._sock)
             except ssl.SSLError:
                 with suppress(OSError):
-                    await self._send_ciphertext()  # the alert that tells the client why
+                    # Bytes that nobody reads would make TCP take back the alert that tells the client why.
+                    socket.socket.recv(self._sock, _ALERTED_BYTES)
                 raise
             else:
-                await self._send_ciphertext()
                 return
 
     def receive_nowait(self, buffer: memoryview) -> int:
         received = 0
+        # One call gives one record, of at most 16 KiB.
         while received < len(buffer):
             try:
-                # read() gives one record of at most 16 KiB at a time.
-                count: int = self._tls.read(len(buffer) - received, buffer[received:])  # type: ignore[assignment]
-            except ssl.SSLWantReadError:
+                count = self._sock.recv_into(buffer[received:])
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 if received:
                     break
-                self._pull()
+                raise BlockingIOError from None
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 break
-            else:
-                if not count:
-                    break
-                received += count
+            if not count:
+                break
+            received += count
         return received
 
-    def _pull(self) -> None:
-        """Move what the socket has into ssl's hands; raises BlockingIOError when it has nothing."""
-        count = self._plain.receive_nowait(self._ciphertext)
-        if count:
-            self._incoming.write(self._ciphertext[:count])
-        else:
-            self._incoming.write_eof()
-
     async def wait_readable(self) -> None:
-        await self._plain.wait_readable()
+        await trio.lowlevel.wait_readable(self._sock)
 
-    def send_nowait(self, data: memoryview) -> int:
-        return 0  # what was encrypted must leave whole, so that the next record can follow
+    def send_nowait(self, data: memoryview, *, more: bool = False) -> int:
+        # What is not taken is to be sent next, from its beginning: a part of it may be encrypted already.
+        try:
+            return self._sock.send(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
 
     async def send(self, buffers: Iterable[Buffer], *, more: bool = False) -> None:
         for buffer in buffers:
             view = memoryview(buffer)
             while view:
-                view = view[self._tls.write(view[:_PLAINTEXT_PIECE]) :]
-                if self._outgoing.pending >= _PLAINTEXT_PIECE:
-                    await self._send_ciphertext()
-        if not more:
-            await self._send_ciphertext()
+                sent = self.send_nowait(view)
+                if not sent:
+                    await trio.lowlevel.wait_writable(self._sock)
+                view = view[sent:]
 
-    async def _send_ciphertext(self) -> None:
-        await self._plain.send([self._outgoing.read()])
+    def send_file_nowait(self, file: HostFile, offset: int, length: int) -> int:
+        raise AssertionError("TLS has to see the bytes it encrypts")
 
     async def send_file(self, file: HostFile, offset: int, length: int) -> None:
         raise AssertionError("TLS has to see the bytes it encrypts")
 
+    def keep_apart(self) -> None:
+        if self._locate_client is not None:
+            keep_apart(self._locate_client)
+
     async def delivered(self) -> None:
-        await self._plain.delivered()
+        await wait_until_delivered(self._sock)
 
     async def close(self) -> None:
-        with suppress(ssl.SSLError, OSError):
-            self._tls.unwrap()
-        with suppress(OSError):
-            self._plain.sock.send(self._outgoing.read())
-        await self._plain.close()
+        with suppress(ssl.SSLError, OSError, ValueError):
+            self._sock.unwrap()  # says goodbye; the answer need not be waited for
+        self._sock.close()
+
+
+async def wait_until_delivered(sock: socket.socket) -> None:
+    """What Transport.delivered() promises, for the socket itself."""
+    if sock.family == socket.AF_UNIX:
+        return
+    # TCP answers a close with unread bytes by a reset, and forgets what it has not sent: see tcp_close() in Linux.
+    with trio.move_on_after(_DELIVERY_SECONDS), suppress(OSError):
+        while any(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))):
+            await trio.sleep(0.002)
 
 
 def _enlarge(sock: socket.socket) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import calcsize, pack, unpack, unpack_from
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
@@ -45,6 +45,45 @@ class Reply:
     extents: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(slots=True)
+class _Unfinished:
+    """A structured reply of which chunks are still to come; offset and length are those of a read, else 0."""
+
+    cookie: int
+    offset: int
+    length: int
+    covered: int = 0
+    error: int = 0
+    text: str = ""
+    data: bytearray = field(default_factory=bytearray)
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    extents: list[tuple[int, int]] = field(default_factory=list)
+
+    def take(self, kind: int, payload: bytes) -> None:
+        if kind == OFFSET_DATA:
+            (start,) = unpack_from(">Q", payload)
+            self.data = self.data or bytearray(self.length)
+            self.data[start - self.offset : start - self.offset + len(payload) - 8] = payload[8:]
+            self._count(kind, len(payload) - 8)
+        elif kind == OFFSET_HOLE:
+            self._count(kind, unpack(">QI", payload)[1])
+        elif kind == STATUS:
+            numbers = unpack(f">{(len(payload) - 4) // 4}I", payload[4:])
+            self.extents = list(zip(numbers[::2], numbers[1::2], strict=True))
+        elif kind >= 1 << 15:
+            self.error, words = unpack_from(">IH", payload)
+            self.text = payload[6 : 6 + words].decode()
+
+    def _count(self, kind: int, length: int) -> None:
+        self.chunks.append((kind, length))
+        self.covered += length
+
+    def finish(self) -> Reply:
+        assert self.error or self.covered == self.length
+        content = b"" if self.error else bytes(self.data) or bytes(self.length)
+        return Reply(self.cookie, self.error, self.text, content, tuple(self.chunks), tuple(self.extents))
+
+
 class Wire:
     """One connection, from the greeting on."""
 
@@ -52,6 +91,7 @@ class Wire:
         self.sock = sock
         self._cookies = itertools.count(0x1122334455667788)
         self._reads: dict[int, tuple[int, int]] = {}  # cookie -> offset and length of a read under way
+        self._unfinished: dict[int, _Unfinished] = {}
         self.size = 0
         self.flags = 0
 
@@ -155,38 +195,17 @@ class Wire:
         return self.ask(WRITE, offset, len(data), flags, data).error
 
     def reply(self) -> Reply:
-        """The next reply, put together from its chunks; those of other replies must not lie between them."""
-        (magic,) = self.unpack(">I")
-        if magic == 0x67446698:
-            error, cookie = self.unpack(">IQ")
-            _, length = self._reads.pop(cookie, (0, 0))
-            return Reply(cookie, error, data=b"" if error else self.receive(length))
-        assert magic == 0x668E33EF, hex(magic)
-        flags, kind, cookie, length = self.unpack(">HHQI")
-        offset, expected = self._reads.pop(cookie, (0, 0))
-        data, error, text, chunks, extents = bytearray(), 0, "", [], []
-        covered = 0
+        """The next reply that is whole, put together from its chunks, between which those of others may lie."""
         while True:
-            payload = self.receive(length)
-            if kind == OFFSET_DATA:
-                (start,) = unpack_from(">Q", payload)
-                data = data or bytearray(expected)
-                data[start - offset : start - offset + length - 8] = payload[8:]
-                chunks.append((kind, length - 8))
-                covered += length - 8
-            elif kind == OFFSET_HOLE:
-                start, hole = unpack(">QI", payload)
-                chunks.append((kind, hole))
-                covered += hole
-            elif kind == STATUS:
-                extents = list(zip(*[iter(unpack(f">{(length - 4) // 4}I", payload[4:]))] * 2, strict=True))
-            elif kind >= 1 << 15:
-                error, words = unpack_from(">IH", payload)
-                text = payload[6 : 6 + words].decode()
+            (magic,) = self.unpack(">I")
+            if magic == 0x67446698:
+                error, cookie = self.unpack(">IQ")
+                _, length = self._reads.pop(cookie, (0, 0))
+                return Reply(cookie, error, data=b"" if error else self.receive(length))
+            assert magic == 0x668E33EF, hex(magic)
+            flags, kind, cookie, length = self.unpack(">HHQI")
+            if cookie not in self._unfinished:
+                self._unfinished[cookie] = _Unfinished(cookie, *self._reads.pop(cookie, (0, 0)))
+            self._unfinished[cookie].take(kind, self.receive(length))
             if flags & 1:
-                break
-            magic, flags, kind, another, length = self.unpack(">IHHQI")
-            assert (magic, another) == (0x668E33EF, cookie)
-        assert error or covered == expected
-        content = b"" if error else bytes(data) or bytes(expected)
-        return Reply(cookie, error, text, content, tuple(chunks), tuple(extents))
+                return self._unfinished.pop(cookie).finish()
