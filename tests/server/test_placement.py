@@ -45,12 +45,15 @@ def test_clients_of_this_host_are_found(tmp_path: Path) -> None:
     with ours, theirs:
         locate = client_locator(ours)
         assert locate is not None and locate() in range(os.cpu_count() or 1)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as server:
-            client.send(b"x")
-            assert server.recv(1) == b"x"
-            locate = client_locator(server)
-            assert locate is not None and locate() in range(os.cpu_count() or 1)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as server,
+    ):
+        client.send(b"x")
+        assert server.recv(1) == b"x"
+        locate = client_locator(server)
+        assert locate is not None and locate() in range(os.cpu_count() or 1)
 
 
 def test_others_are_not() -> None:
