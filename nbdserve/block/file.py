@@ -180,6 +180,13 @@ class HostFile:
         first, stop = self._data
         return first <= offset and offset + length <= stop
 
+    def read_at_hand(self, offset: int, buffer: WriteBuffer) -> bool:
+        """Fill the buffer from the page cache; False where the disk is needed, the file ends, or reading fails."""
+        try:
+            return os.preadv(self.fd, (buffer,), offset, self.nowait) == len(buffer)
+        except OSError:
+            return False
+
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether the page cache seems to hold the range, by looking at one byte in every 512 KiB and the last one.
 

@@ -10,7 +10,6 @@ waiting happens between two awaits and claims nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -99,10 +98,7 @@ class ReplySender:
         while done < length and (not whole or length <= _PIECE):
             piece = min(length - done, _PIECE)
             data = self._put_header(0, cookie, offset + done, piece, done + piece == length)
-            try:
-                if os.preadv(file.fd, (self.view[data : data + piece],), host_offset + done, file.nowait) != piece:
-                    break
-            except OSError:  # needs the disk, or fails: a worker finds out
+            if not file.read_at_hand(host_offset + done, self.view[data : data + piece]):
                 break
             await self.send_gathered(data + piece)
             done += piece

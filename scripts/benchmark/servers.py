@@ -97,8 +97,10 @@ def running(server: Server, image: Image, place: Place) -> Iterator[Running | No
         return
     place.socket.unlink(missing_ok=True)
     place.pid_file.unlink(missing_ok=True)
+    # An installed program has its bytecode beside it; here the first run has to be allowed to write it.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         pid = process.pid
         try:
             _wait_for_greeting(process, place)

@@ -252,10 +252,28 @@ def test_fresh_clusters_are_written_at_once(tmp_path: Path) -> None:
         device.write(400 * KiB, b"w" * 100)
         assert device.write_nowait(300 * KiB + 100, b"n" * 9000)
         assert device.read(300 * KiB, 9200) == bytes(100) + b"n" * 9000 + bytes(100)
-        assert not device.write_nowait(100 * KiB, b"n" * 100)  # here the base has to be copied
+        below = device.read(200 * KiB, 8192)
+        assert any(below)
+        assert device.write_nowait(200 * KiB + 4000, b"n" * 200)  # the base is in the page cache
+        assert device.read(200 * KiB, 8192) == below[:4000] + b"n" * 200 + below[4200:]
         device.zero(100 * KiB, 8192)
         assert device.write_nowait(100 * KiB, b"n" * 100)
         assert device.read(100 * KiB, 8192) == b"n" * 100 + bytes(8092)
+    qemu_check(image)
+
+
+def test_what_has_to_be_decompressed_below_is_not_copied_at_once(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes(b"base" * (64 * KiB))
+    run("qemu-img", "convert", "-c", "-O", "qcow2", plain, tmp_path / "base.qcow2")
+    image = qemu_img_create(
+        tmp_path / "a.qcow2", 512 * KiB, backing_file=str(tmp_path / "base.qcow2"), backing_fmt="qcow2"
+    )
+    with open_qcow2(image) as device:
+        device.write(400 * KiB, b"w" * 100)
+        assert not device.write_nowait(100 * KiB, b"n" * 100)
+        device.write(100 * KiB, b"n" * 100)
+        assert device.read(100 * KiB - 4, 108) == b"base" + b"n" * 100 + b"base"
     qemu_check(image)
 
 

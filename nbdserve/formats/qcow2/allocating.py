@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import Data, GuestOffset, HostOffset
+from nbdserve.block.extents import Data, GuestOffset, HostOffset, Zero
 from nbdserve.block.file import ReadBuffer
 from nbdserve.formats.base import Reservation
 from nbdserve.formats.qcow2.allocation import Allocator
@@ -167,23 +167,27 @@ class AllocatingImage(Qcow2Image):
             self._allocating.release()
 
     def _write_fresh(self, offset: int, data: ReadBuffer) -> bool:
-        """Reserve, write and publish in one go, if the range's clusters read as zeros, have no place yet, and can get
-        one without a look at the disk; False (nothing done) otherwise.
+        """Reserve, write and publish in one go, if the clusters have no place yet, can get one without a look at the
+        disk, and so can what the guest saw around the range be told; False (nothing done) otherwise.
 
         The first write after a flush to what an L2 table maps is left to write().
         """
         key = offset >> self._table_shift
         index = offset >> self._cluster_bits & self._index_mask
-        inside = offset & self._cluster_mask
-        count = inside + len(data) + self._cluster_mask >> self._cluster_bits
+        start = offset & ~self._cluster_mask
+        end = offset + len(data)
+        count = end - start + self._cluster_mask >> self._cluster_bits
         table = self._mapping.changed_table(key)
         if table is None or index + count > len(table):
             return False
-        fresh = self._fresh_entries if self._is_above_backing(offset - inside) else self._zero_entries
         for entry in table[index : index + count]:
-            if entry not in fresh:
+            if entry not in self._fresh_entries:
                 return False
-        host = self._write_to_new(offset, data, count)
+        head = self._around(table[index], start, offset)
+        tail = self._around(table[index + count - 1], end, start + (count << self._cluster_bits))
+        if head is None or tail is None:
+            return False
+        host = self._write_to_new(offset, data, count, head, tail)
         if host is None:
             return False
         entry = host | COPIED
@@ -193,15 +197,42 @@ class AllocatingImage(Qcow2Image):
         self._mapping.touch(key, index, index + count)
         return True
 
-    def _write_to_new(self, offset: int, data: ReadBuffer, count: int) -> int | None:
-        """Write the range's bytes to new clusters; where the first one begins in the file, or None if there is none at
-        hand."""
+    def _around(self, entry: int, start: int, end: int) -> bytes | bytearray | None:
+        """What the guest sees in [start, end), a part of a fresh cluster; nothing if it reads as zeros, None if telling
+        takes a look at the disk."""
+        backing = self.backing
+        if start == end or backing is None or start >= backing.size or entry in self._zero_entries:
+            return b""
+        content = bytearray(end - start)
+        view = memoryview(content)[: backing.size - start]
+        while view:
+            extent = backing.map_nowait(start, len(view))
+            match extent:
+                case Data() if extent.file.read_at_hand(extent.host_offset, view[: extent.length]):
+                    pass
+                case Zero():
+                    pass
+                case _:
+                    return None
+            view = view[extent.length :]
+            start += extent.length
+        return content
+
+    def _write_to_new(
+        self, offset: int, data: ReadBuffer, count: int, head: ReadBuffer = b"", tail: ReadBuffer = b""
+    ) -> int | None:
+        """Write the range's bytes, with what goes before and behind, to new clusters; where the first one begins in
+        the file, or None if there is none at hand."""
         cluster = self._places.allocate_at_once(offset >> self._cluster_bits, count)
         if cluster is None:
             return None
         host = cluster << self._cluster_bits
+        inside = offset & self._cluster_mask
         try:
-            self.data_file.write(host + (offset & self._cluster_mask), data)
+            if head or tail:
+                self.data_file.write_all(host + inside - len(head), (head, data, tail))
+            else:
+                self.data_file.write(host + inside, data)
         except BaseException:
             self._places.cancel(cluster, count)
             raise
