@@ -277,6 +277,7 @@ class Transmission:
         if place is not None:
             if filled:
                 await sender.send_gathered(filled)
+            self._bulk += length
             whole = not self._structured or bool(flags)
             return 0, await sender.send_copied(cookie, offset, length, *place, whole=whole)
         runs = self._runs_at_hand(flags, offset, length)

@@ -21,6 +21,7 @@ from nbdserve.block import HostFile
 from nbdserve.server.placement import client_locator, keep_apart
 
 _BUFFER_BYTES = 4 << 20
+_MANY_RECORDS = 64 << 10  # bytes from which on TLS records are worth holding back until a segment is full
 _ALERTED_BYTES = 1 << 16
 _DELIVERY_SECONDS = 5.0
 
@@ -148,6 +149,7 @@ class TlsTransport:
 
     def __init__(self, plain: PlainTransport, context: ssl.SSLContext) -> None:
         self._locate_client = plain.locate_client
+        self._is_tcp = plain.sock.family != socket.AF_UNIX
         plain.sock = self._sock = context.wrap_socket(plain.sock, server_side=True, do_handshake_on_connect=False)
 
     async def handshake(self) -> None:
@@ -189,10 +191,16 @@ class TlsTransport:
 
     def send_nowait(self, data: memoryview, *, more: bool = False) -> int:
         # What is not taken is to be sent next, from its beginning: a part of it may be encrypted already.
+        corked = self._is_tcp and len(data) >= _MANY_RECORDS
+        if corked:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         try:
             return self._sock.send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
+        finally:
+            if corked:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
     async def send(self, buffers: Iterable[Buffer], *, more: bool = False) -> None:
         for buffer in buffers:
