@@ -82,9 +82,10 @@ def _played(trial: Trial, options: argparse.Namespace) -> int:
                         break
                 if time.monotonic() - shown > PROGRESS_SECONDS:
                     shown = time.monotonic()
-                    print(f"{trial.name}: {_summary(good, failed, shown - begun, counts)}", flush=True)
+                    print(f"{trial.name}: {_summary(good, failed, shown - begun)}", flush=True)
     finally:
-        print(f"{trial.name}: seed {seed}: {_summary(good, failed, time.monotonic() - begun, counts)}", flush=True)
+        sums = "".join(f"\n  {number:8} {what}" for what, number in sorted(counts.items()))
+        print(f"{trial.name}: seed {seed}: {_summary(good, failed, time.monotonic() - begun)}{sums}", flush=True)
         if not failed:
             shutil.rmtree(home)
     return 1 if failed else 0
@@ -108,11 +109,10 @@ def _tell(trial: Trial, seed: int, outcome: Outcome) -> None:
     )
 
 
-def _summary(good: int, failed: int, seconds: float, counts: Counter[str]) -> str:
+def _summary(good: int, failed: int, seconds: float) -> str:
     played = good + failed
     pace = f", {1000 * seconds / played:.0f} s per 1000" if played else ""
-    sums = "".join(f"; {number} {what}" for what, number in sorted(counts.items()))
-    return f"{good} rounds good, {failed} failed, {seconds:.0f} s{pace}{sums}"
+    return f"{good} rounds good, {failed} failed, {seconds:.0f} s{pace}"
 
 
 if __name__ == "__main__":
