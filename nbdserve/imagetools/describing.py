@@ -254,7 +254,7 @@ def _vmdk(image: ImageFile) -> Facts:
     return Facts(
         sum(extent.size for extent in disk.extents),
         cluster_sizes[0] if cluster_sizes else None,
-        None if descriptor.parent_name is None else (descriptor.parent_name, None),
+        None if descriptor.parent_name is None else (descriptor.parent_name, "vmdk"),
         disk.files,
         specific,
     )

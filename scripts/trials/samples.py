@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nbdserve.block import BlockDevice, MemoryDevice, Window
 from nbdserve.errors import OpenError
@@ -81,7 +82,7 @@ def _filled(image: Path, chosen: random.Random, *, step: int, format: str) -> No
 def _qcow2(folder: Path, chosen: random.Random) -> Sample:
     image, size = folder / "image.qcow2", chosen.choice((256 * KIB, 512 * KIB + 512))
     cluster = chosen.choice((512, 1024, 4096, 16384, 65536))
-    options: dict[str, str | int] = {"cluster_size": cluster}
+    options: dict[str, Any] = {"cluster_size": cluster}
     if chosen.random() < 0.2:
         options |= {"compat": "0.10"}
     else:
@@ -91,7 +92,7 @@ def _qcow2(folder: Path, chosen: random.Random) -> Sample:
         if cluster >= 16384 and chosen.random() < 0.6:
             options["extended_l2"] = "on"
         if chosen.random() < 0.15:
-            options |= {"data_file": folder / "data", "data_file_raw": chosen.choice(("on", "off"))}  # type: ignore[dict-item]
+            options |= {"data_file": folder / "data", "data_file_raw": chosen.choice(("on", "off"))}
     if "data_file" not in options and chosen.random() < 0.5:
         (folder / "base").write_bytes(b"b" * (size - chosen.choice((0, 1000, 70_000))))
         options |= {"backing_file": "base", "backing_fmt": "raw"}
@@ -102,7 +103,7 @@ def _qcow2(folder: Path, chosen: random.Random) -> Sample:
     qemu_io(image, *commands)
     if options.get("compat") is None and chosen.random() < 0.5:
         run("qemu-img", "bitmap", "--add", "-g", "4096", image, "changes")
-    if options.get("refcount_bits") != 1 and "data_file" not in options and chosen.random() < 0.7:
+    if options.get("refcount_bits", 16) > 4 and "data_file" not in options and chosen.random() < 0.7:
         run("qemu-img", "snapshot", "-c", "before", image)
     qemu_io(image, "write -P 4 20k 8k")
     content = bytearray(image.read_bytes())
