@@ -35,7 +35,7 @@ Options = dict[str, Any]
 
 KINDS = ("qcow2", "chain", "vpc", "vhdx", "vdi", "vmdk", "raw", "converted", "differencing")
 _VMDK = ("monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat")
-_SUFFIXES = {"vpc": ".vhd", "vhdx": ".vhdx"}  # which 7-Zip goes by
+_SUFFIXES = {"vpc": ".vhd", "vhdx": ".vhdx", "vdi": ".vdi"}  # by which 7-Zip goes, and who looks for a VDI's parent
 _CHECKED = ("qcow2", "vdi", "vhdx", "vmdk")  # by qemu-img check
 
 
@@ -246,10 +246,13 @@ def _write(image: Image, chosen: random.Random) -> None:
 
 def _ours(path: Path, format: str) -> bytearray:
     """The content of an image that QEMU does not understand."""
-    if format in _SUFFIXES and shutil.which("7zz"):
-        return bytearray(seven_zip_content(path))
     with open_image(path, format=format, read_only=True) as device:
-        return device.read(0, device.size)
+        content = device.read(0, device.size)
+    # 7-Zip 26 does not open a VHDX, not even one of QEMU's, whose length is an odd number of sectors.
+    is_readable = format == "vpc" or (format == "vhdx" and len(content) % 1024 == 0)
+    if is_readable and shutil.which("7zz"):
+        assert_equal(content, seven_zip_content(path), "7-Zip does not read, but we")
+    return content
 
 
 def _change_snapshots(path: Path, action: Change, name: str, writer: Writer) -> None:
