@@ -2,7 +2,8 @@
 
 What is held against every one of them, opened for reading or for writing:
 
-- Opening it gives a device or an OpenError, whose message is one line that names a file.
+- Opening it gives a device or an OpenError, whose message is one line that names a file; so do checking, repairing and
+  describing it.
 - Requests are done, or fail with EIO, EFBIG or ENOSPC.
 - It takes no more than CPU_SECONDS and MOST_MEMORY of address space, and leaves no file open.
 - Opened for reading it does not change.
@@ -16,7 +17,10 @@ import resource
 import signal
 from pathlib import Path
 
+from nbdserve.cli.img.info import info_lines
 from nbdserve.errors import OpenError
+from nbdserve.imagetools.checking import Repair, check
+from nbdserve.imagetools.describing import describe
 from nbdserve.opening import open_image
 from tests.formats.usage import assert_one_line, mutate
 from trials import samples
@@ -67,24 +71,45 @@ def _put(path: Path, content: bytes | bytearray) -> None:
 
 
 def _tried(sample: Sample, chosen: random.Random) -> str:
-    """Use a damaged image; how that went, for the report."""
+    """Do something with a damaged image; how that went, for the report."""
     read_only = chosen.random() < 0.4
-    snapshot = "before" if sample.format == "qcow2" and chosen.random() < 0.2 else None
     before = sample.part.read_bytes() if read_only else b""
     files = _open_files()
-    outcome = "refused"
     try:
-        with open_image(sample.image, format=sample.format, read_only=read_only, snapshot=snapshot) as device:
-            outcome = "used with errors" if sample.use(device, chosen) else "used"
+        outcome = chosen.choice((_used, _used, _used, _checked, _described))(sample, chosen, read_only)
     except OpenError as error:
+        outcome = "refused"
         assert_one_line(error, Path("/"))  # of the image, or of the file that it refers to by mistake
-    except OSError:
-        if outcome == "refused":
-            raise
-        outcome = "closed with an error"  # what was written could not be flushed
     assert not read_only or sample.part.read_bytes() == before, "opened for reading, and yet changed"
     assert _open_files() == files, "a file was left open"
     return outcome
+
+
+def _used(sample: Sample, chosen: random.Random, read_only: bool) -> str:
+    snapshot = "before" if sample.format == "qcow2" and chosen.random() < 0.2 else None
+    device = open_image(sample.image, format=sample.format, read_only=read_only, snapshot=snapshot)
+    try:
+        failures = sample.use(device, chosen)
+    except BaseException:
+        device.close()
+        raise
+    try:
+        device.close()
+    except OSError:  # what was written could not be flushed
+        failures += 1
+    return "used with errors" if failures else "used"
+
+
+def _checked(sample: Sample, chosen: random.Random, read_only: bool) -> str:
+    repair: Repair | None = None if read_only else chosen.choice(("leaks", "all"))
+    report = check(str(sample.image), format=sample.format, repair=repair)
+    return "checked" if report is None or report.corruptions == 0 else "checked, corrupt"
+
+
+def _described(sample: Sample, chosen: random.Random, read_only: bool) -> str:
+    for each in describe(str(sample.image), format=sample.format, whole_chain=read_only):
+        assert list(info_lines(each))
+    return "described"
 
 
 def _open_files() -> list[str]:
