@@ -179,19 +179,14 @@ def _snapshots(file: HostFile, header: Any) -> list[Json]:
 
 
 def _vpc(image: ImageFile) -> Facts:
-    from nbdserve.formats.vpc import FOOTER_SIZE, is_footer
-    from nbdserve.formats.vpc.header import DiskType, Footer, Layout
+    from nbdserve.formats.vpc.header import DiskType, Layout
+    from nbdserve.formats.vpc.opening import find_footer
     from nbdserve.formats.vpc.parent import Parent
 
     file = image.file
-    end = max(0, file.size - FOOTER_SIZE)
-    head, tail = bytes(file.read(0, FOOTER_SIZE)), bytes(file.read(end, FOOTER_SIZE))
-    if is_footer(tail):
-        footer = Footer.parse(tail, file.name)
-        if footer.disk_type == DiskType.FIXED:
-            return Facts(footer.size)
-    footer = Footer.parse(head if is_footer(head) else tail, file.name)
-    end = end if is_footer(tail) else file.size
+    footer, end = find_footer(file)
+    if footer.disk_type == DiskType.FIXED:
+        return Facts(footer.size)
     facts = Facts(footer.size, Layout.read(file, footer, end).block_size)
     if footer.disk_type == DiskType.DIFFERENCING:
         names = Parent.read(file, footer, end).names
@@ -254,7 +249,7 @@ def _vmdk(image: ImageFile) -> Facts:
     return Facts(
         sum(extent.size for extent in disk.extents),
         cluster_sizes[0] if cluster_sizes else None,
-        None if descriptor.parent_name is None else (descriptor.parent_name, None),
+        None if descriptor.parent_name is None else (descriptor.parent_name, "vmdk"),
         disk.files,
         specific,
     )

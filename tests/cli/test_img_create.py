@@ -87,6 +87,14 @@ def test_differencing_disks(tmp_path: Path, format: str) -> None:
         assert qemu_info(overlay)["backing-filename"] == base.name
 
 
+def test_vmdks_on_one_that_has_its_data_in_another_file(tmp_path: Path) -> None:
+    """What stands below a VMDK is one, whether or not that is recorded, and so may refer to its own extents."""
+    nbdimg("create", "-f", "vmdk", "-o", "subformat=monolithicFlat", tmp_path / "base.vmdk", "1M")
+    nbdimg("create", "-b", "base.vmdk", "-F", "vmdk", tmp_path / "middle.vmdk")
+    nbdimg("create", "-b", "middle.vmdk", "-F", "vmdk", tmp_path / "top.vmdk")
+    assert "base-flat.vmdk" in nbdimg("info", "--backing-chain", tmp_path / "middle.vmdk")
+
+
 @needs("qemu-img")
 def test_refusals_are_one_line_and_make_nothing(tmp_path: Path) -> None:
     new = tmp_path / "new.qcow2"

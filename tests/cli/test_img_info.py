@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.img import nbdimg
 from tests.reference import needs, qemu_img_create, qemu_io, run
 
@@ -61,3 +63,11 @@ def test_the_chain_ends_where_the_policy_does(tmp_path: Path) -> None:
     nbdimg("create", "-b", "../secret.raw", "-F", "raw", overlay)
     assert "--allow-path" in nbdimg("info", "--backing-chain", overlay, status=1)
     nbdimg("info", "--backing-chain", "--allow-path", tmp_path, overlay)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vpc", "vhdx", "vdi", "vmdk"])
+def test_what_is_no_image_of_that_format_is_refused_in_one_line(tmp_path: Path, format: str) -> None:
+    (tmp_path / "zeros").write_bytes(bytes(1 << 20))
+    said = nbdimg("info", "-f", format, tmp_path / "zeros", status=1)
+    assert len(said.splitlines()) == 1
+    assert str(tmp_path / "zeros") in said

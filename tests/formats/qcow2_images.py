@@ -37,3 +37,20 @@ def open_qcow2(
     except BaseException:
         file.close()
         raise
+
+
+def places(image: bytes) -> list[tuple[int, int]]:
+    """The ranges (offset, length) of a sound image that are worth damaging: header, extensions, tables."""
+
+    def number(offset: int, size: int = 8) -> int:
+        return int.from_bytes(image[offset : offset + size], "big")
+
+    cluster = 1 << number(20, 4)
+    l1, table, snapshots = number(40), number(48), number(64)
+    found = [(0, 112), (112, 250), (l1, 64), (table, 64), (number(table), 256), (snapshots, 80)]
+    for entry in range(min(number(36, 4), 3)):
+        if l2 := number(l1 + 8 * entry) & ((1 << 56) - 512):
+            found += [(l2, min(cluster, 1024)), (l2, 64)]
+    if number(60, 4):
+        found.append((number(snapshots), 64))
+    return [(start, length) for start, length in found if 0 <= start < len(image)]

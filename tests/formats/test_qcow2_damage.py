@@ -10,13 +10,13 @@ import pytest
 
 from nbdserve.block import BlockDevice
 from nbdserve.errors import NbdserveError, OpenError
-from tests.formats.qcow2_images import open_qcow2
+from tests.formats.qcow2_images import open_qcow2, places
+from tests.formats.usage import assert_one_line, mutate, use_damaged
 from tests.reference import needs, qemu_content, qemu_img_create, qemu_io, run
 
 pytestmark = needs("qemu-img", "qemu-io")
 
 SIZE = 256 << 10
-INTERESTING = (0, 1, 0xFF, 0x7F, 0x80, 0x40, 0x10, 2, 9, 21)
 
 
 @pytest.fixture(scope="module")
@@ -43,68 +43,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return made
 
 
-def _places(image: bytes) -> list[tuple[int, int]]:
-    """The ranges of the file worth damaging: header, extensions, tables."""
-
-    def number(offset: int, size: int = 8) -> int:
-        return int.from_bytes(image[offset : offset + size], "big")
-
-    cluster = 1 << number(20, 4)
-    l1, table, snapshots = number(40), number(48), number(64)
-    l2 = number(l1) & ((1 << 56) - 512)
-    return [(0, 112), (112, 250), (l1, 64), (l2, cluster), (table, 64), (number(table), 256), (snapshots, 80)]
+def first_l2(content: bytes) -> int:
+    """Where the image's first L2 table begins."""
+    l1 = int.from_bytes(content[40:48], "big")
+    return int.from_bytes(content[l1 : l1 + 8], "big") & ((1 << 56) - 512)
 
 
-def _mutated(image: bytes, chosen: random.Random) -> bytes:
-    content = bytearray(image)
-    start, length = chosen.choice(_places(image))
-    for _ in range(chosen.choice((1, 1, 1, 3, 12))):
-        position = start + chosen.randrange(length)
-        if position < len(content):
-            content[position] = chosen.choice((*INTERESTING, chosen.randrange(256)))
-    if chosen.random() < 0.1:
-        del content[chosen.randrange(len(content)) :]
-    return bytes(content)
-
-
-def _use(path: Path, chosen: random.Random) -> NbdserveError | OSError | None:
-    """Open and use an image; return the first error, if any."""
+def _opened(path: Path, chosen: random.Random) -> BlockDevice:
     snapshot = chosen.choice((None, None, "before"))
-    read_only = snapshot is not None or chosen.random() < 0.4
-    try:
-        with open_qcow2(path, read_only=read_only, snapshot=snapshot) as device:
-            return next(filter(None, (_step(device, chosen) for _ in range(6) if device.size)), None)
-    except (NbdserveError, OSError) as error:
-        return error
-
-
-def _step(device: BlockDevice, chosen: random.Random) -> OSError | None:
-    offset = chosen.randrange(min(device.size, 2 * SIZE))
-    length = min(chosen.choice((1, 512, 5000, 100000)), device.size - offset)
-    try:
-        assert len(device.read(offset, length)) == length
-        device.locate(offset, length)
-        device.map_nowait(offset, length)
-        if not device.read_only:
-            _change(device, offset, length, chosen)
-    except OSError as error:
-        return error
-    return None
-
-
-def _change(device: BlockDevice, offset: int, length: int, chosen: random.Random) -> None:
-    match chosen.randrange(4):
-        case 0:
-            device.zero(offset, length, unmap=chosen.random() < 0.5)
-            assert device.read(offset, length) == bytes(length)
-        case 1:
-            if device.write_nowait(offset, b"n" * length):
-                assert device.read(offset, length) == b"n" * length
-        case 2:
-            device.flush()
-        case _:
-            device.write(offset, b"w" * length)
-            assert device.read(offset, length) == b"w" * length
+    return open_qcow2(path, read_only=snapshot is not None or chosen.random() < 0.4, snapshot=snapshot)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -112,18 +59,20 @@ def test_mutations(tmp_path: Path, images: list[bytes], seed: int) -> None:
     chosen = random.Random(seed)
     path = tmp_path / "damaged.qcow2"
     (tmp_path / "base").write_bytes(b"b" * SIZE)
-    errors = []
+    failed = 0
     for _ in range(100):
-        path.write_bytes(_mutated(chosen.choice(images), chosen))
+        content = bytearray(chosen.choice(images))
+        mutate(content, places(content), chosen)
+        path.write_bytes(content)
         begun = time.monotonic()
-        error = _use(path, chosen)
+        try:
+            with _opened(path, chosen) as device:
+                failed += use_damaged(device, chosen, lengths=(1, 512, 5000, 100_000)) > 0
+        except OpenError as error:
+            failed += 1
+            assert_one_line(error, tmp_path)
         assert time.monotonic() - begun < 5
-        if error is not None:
-            errors.append(error)
-            assert "\n" not in str(error)
-            assert str(tmp_path) in str(error)
-            assert error.errno if isinstance(error, OSError) else isinstance(error, OpenError)
-    assert 5 < len(errors) < 95
+    assert 5 < failed < 95
 
 
 @pytest.mark.parametrize("length", [0, 3, 71, 80, 103, 110, 511, 600])
@@ -173,7 +122,7 @@ def test_every_field_of_the_header(
 def test_reserved_bits_fail_that_read_only(tmp_path: Path, images: list[bytes]) -> None:
     content = bytearray(images[1])
     (tmp_path / "base").write_bytes(b"b" * SIZE)
-    l2 = _places(images[1])[3][0]
+    l2 = first_l2(images[1])
     content[l2 + 7] |= 0x20
     path = tmp_path / "a.qcow2"
     path.write_bytes(content)
@@ -208,7 +157,7 @@ def test_damaged_compressed_data(tmp_path: Path) -> None:
 
 
 def _compressed_offset(content: bytes) -> int:
-    l2 = _places(content)[3][0]
+    l2 = first_l2(content)
     return int.from_bytes(content[l2 : l2 + 8], "big") & ((1 << 54) - 1)
 
 

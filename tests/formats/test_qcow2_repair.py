@@ -15,6 +15,7 @@ from nbdserve.formats.qcow2.bitmaps import Flags, read_bitmaps
 from nbdserve.formats.qcow2.header import Header, Incompatible
 from nbdserve.formats.qcow2.resizing import resize
 from nbdserve.formats.qcow2.writable import WritableQcow2Image
+from nbdserve.imagetools.checking import check
 from tests.formats.qcow2_crashes import Recorder, remains
 from tests.formats.qcow2_images import open_qcow2
 from tests.reference import needs, qemu_check, qemu_content, qemu_img_create, qemu_io, run
@@ -172,3 +173,33 @@ def test_bitmaps_that_are_not_understood_are_given_up(tmp_path: Path) -> None:
     assert image.read_bytes()[88:96] == bytes(8)
     qemu_check(image, leaks_allowed=True)
     assert qemu_content(image, "qcow2")[:1] == b"x"
+
+
+@pytest.mark.parametrize(
+    ("extended", "table", "word", "value"),
+    [
+        (False, "l1", 1, 1 << 56),
+        (False, "l1", 1, 1 << 63),
+        (False, "l2", 0, 1 << 63 | 0x50002),
+        (False, "l2", 60, 0x80),
+        (True, "l2", 60, 1),
+        (True, "l2", 61, 1),
+        (True, "l2", 1, 1 << 32 | 1),
+        (True, "l2", 1, (1 << 64) - 1),
+    ],
+)
+def test_impossible_entries_are_found_as_qemu_finds_them(
+    tmp_path: Path, extended: bool, table: str, word: int, value: int
+) -> None:
+    image = qemu_img_create(tmp_path / "a.qcow2", 1 << 30, extended_l2="on" if extended else "off")
+    qemu_io(image, "write -P 1 0 64k")
+    content = bytearray(image.read_bytes())
+    l1 = _header(image).l1_offset
+    l2 = int.from_bytes(content[l1 : l1 + 8], "big") & (1 << 56) - 512
+    at = {"l1": l1, "l2": l2}[table] + 8 * word
+    content[at : at + 8] = value.to_bytes(8, "big")
+    image.write_bytes(content)
+    assert subprocess.run(["qemu-img", "check", image], capture_output=True).returncode == 2
+    report = check(str(image), format="qcow2")
+    assert report is not None
+    assert report.corruptions

@@ -390,6 +390,24 @@ def test_crafted_entries_reach_nothing(tmp_path: Path, entry: int, why: str) -> 
     assert is_footer(after[-512:])
 
 
+@pytest.mark.parametrize("behind", [0, 1, 30])
+def test_what_a_lost_block_claims_past_the_end_is_not_given_to_another(tmp_path: Path, behind: int) -> None:
+    """The entry of block 1, `behind` sectors past the end, reached the disk before the block did; then came a crash."""
+    image = tmp_path / "a.vhd"
+    end = vhd.TABLE_OFFSET // 512 + 1
+    image.write_bytes(vhd.dynamic(8 * 4096, 4096, table=[vhd.UNUSED, end + behind, *[vhd.UNUSED] * 6]))
+    with vhd.open_vhd(image) as device:
+        for block in (0, *range(2, 8)):
+            device.write(block * 4096, bytes([block + 1]) * 4096)
+    for read_only in (False, True):
+        with vhd.open_vhd(image, read_only=read_only) as device:
+            for block in (0, *range(2, 8)):
+                assert device.read(block * 4096, 4096) == bytes([block + 1]) * 4096
+            if not read_only:
+                assert not any(device.read(4096, 4096))
+                device.write(4096, b"again")
+
+
 def test_mutations_are_refused_or_read(tmp_path: Path) -> None:
     chosen = random.Random(7)
     blocks = 16

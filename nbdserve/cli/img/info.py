@@ -40,11 +40,12 @@ def run(options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json(found if options.backing_chain else found[0])
     else:
-        print("\n\n".join("\n".join(_lines(info)) for info in found))
+        print("\n\n".join("\n".join(info_lines(info)) for info in found))
     return 0
 
 
-def _lines(info: dict[str, Any]) -> Iterator[str]:
+def info_lines(info: dict[str, Any]) -> Iterator[str]:
+    """What describe() says of one image, for people."""
     yield f"image: {info['filename']}"
     yield f"file format: {info['format']}"
     yield f"virtual size: {human_size(info['virtual-size'])} ({info['virtual-size']} bytes)"

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 
 from nbdserve.block.file import HostFile
 from nbdserve.formats.qcow2.bitmaps import bitmap_places
-from nbdserve.formats.qcow2.entries import COMPRESSED, COPIED, ENTRY_SIZE, ZERO, read_table
+from nbdserve.formats.qcow2.entries import (
+    ALL_SUBCLUSTERS,
+    COMPRESSED,
+    COPIED,
+    ENTRY_SIZE,
+    SUBCLUSTERS,
+    ZERO,
+    read_table,
+)
 from nbdserve.formats.qcow2.header import INCOMPATIBLE_FIELD, Header, Incompatible
 from nbdserve.formats.qcow2.packing import empty_block, pack_block, unpack_block
 from nbdserve.formats.qcow2.repair import rebuild_refcounts
@@ -203,9 +211,9 @@ class _Check:
         size, mask = self.geometry.cluster_size, self.geometry.offset_mask
         for key, entry in enumerate(read_table(self.file, offset, entries)):
             table = entry & mask
-            if not table:
+            if not entry:
                 continue
-            if entry & ~(mask | COPIED) or table >= self.file_end:
+            if entry & ~(mask | COPIED) or not 0 < table < self.file_end:
                 self.found.corruption(f"entry {key} of {what} is {entry:#x}, which leads nowhere")
                 continue
             self._refer(table, size, f"L2 table {key}")
@@ -221,8 +229,12 @@ class _Check:
         geometry, found, size = self.geometry, self.found, self.geometry.cluster_size
         table = read_table(self.file, offset, geometry.table_words)
         expected = 0
-        for entry in self._entries(table):
+        for entry, bitmap in self._entries(table):
             if entry & COMPRESSED:
+                if entry & COPIED or bitmap:
+                    found.corruption(
+                        f"the entry {entry:#x} of compressed data in the table at {offset:#x} says too much"
+                    )
                 place, length = geometry.compressed_place(entry)
                 if place >= self.file_end:
                     found.corruption(f"compressed data is said to lie at {place:#x}, past the end of the file")
@@ -232,12 +244,13 @@ class _Check:
                     found.allocated, found.compressed = found.allocated + 1, found.compressed + 1
                     found.fragmented += 1
                 continue
-            host = entry & geometry.offset_mask
+            if not self._is_sound(entry, bitmap):
+                subclusters = f" with subclusters {bitmap:#x}" if geometry.words > 1 else ""
+                found.corruption(f"L2 entry {entry:#x}{subclusters} in the table at {offset:#x} is impossible")
+                continue
             if not geometry.is_placed(entry):
                 continue
-            if entry & geometry.reserved or (not geometry.is_external and host >= self.file_end):
-                found.corruption(f"L2 entry {entry:#x} in the table at {offset:#x} leads nowhere")
-                continue
+            host = entry & geometry.offset_mask
             if is_active:
                 found.allocated += 1
                 found.fragmented += bool(expected) and host != expected
@@ -247,7 +260,20 @@ class _Check:
                 if is_active:
                     self._check_copied(entry, host, "data cluster")
 
-    def _entries(self, table: array[int]) -> Iterator[int]:
-        """The first words of the entries that refer to something."""
+    def _is_sound(self, entry: int, bitmap: int) -> bool:
+        """Whether an entry that is not compressed leads into the file, and does not contradict itself or its format."""
+        geometry = self.geometry
+        allocated, zeros = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
+        if entry & geometry.reserved or allocated & zeros:
+            return False
+        if not geometry.is_placed(entry):
+            return not allocated
+        return geometry.is_external or entry & geometry.offset_mask < self.file_end
+
+    def _entries(self, table: array[int]) -> Iterator[tuple[int, int]]:
+        """The entries that say more than that nothing is here, or zeros: the first word, and the subclusters' bits."""
         words = table[:: self.geometry.words]
-        return filter(lambda entry: entry & ~ZERO, words) if any(words) else iter(())
+        if self.geometry.words > 1:
+            return ((entry, bitmap) for entry, bitmap in zip(words, table[1::2], strict=True) if entry or bitmap)
+        nothing = ZERO if self.geometry.has_zero_flag else 0
+        return ((entry, 0) for entry in words if entry & ~nothing) if any(words) else iter(())

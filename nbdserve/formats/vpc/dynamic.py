@@ -115,8 +115,7 @@ class DynamicDisk(MappedImage):
     def _new_block(self, sectors: bytes) -> tuple[int, bool]:
         """Where the data of the next block is to go, behind its bitmap and in front of a footer, which are written;
         and whether that place reads as zeros."""
-        # Blocks may lie anywhere: data in whole pages spares the host from reading before it can write.
-        place = -(-(self._next + self._bitmap_size) // _PAGE) * _PAGE
+        place = self._next_place()
         bitmap = place - self._bitmap_size
         if bitmap // SECTOR > _LAST_SECTOR:
             raise OSError(
@@ -125,8 +124,19 @@ class DynamicDisk(MappedImage):
         # Zeros are only certain where the file ends, not where a reservation was cancelled.
         zeroed = not self.file.is_device and self.file.size <= bitmap + FOOTER_SIZE
         self.file.write(place + self._block_size, self.footer.content)
+        if bitmap > self._next + _PAGE:  # the old footer stays where a damaged entry may take it for a bitmap
+            self.file.write(self._next, bytes(FOOTER_SIZE))
         self.file.write(bitmap, sectors)
         return place, zeroed
+
+    def _next_place(self) -> int:
+        """Where the data of the next block can go."""
+        behind: int | None = self._next
+        while behind is not None:
+            # Blocks may lie anywhere: data in whole pages spares the host from reading before it can write.
+            place = -(-(behind + self._bitmap_size) // _PAGE) * _PAGE
+            behind = self._table.behind_claims(place - self._bitmap_size, place + self._block_size)
+        return place
 
     def publish(self, reservation: Reservation) -> None:
         block = reservation.guest_offset >> self._shift

@@ -24,30 +24,41 @@ def open_vhd(file: HostFile, options: OpenOptions) -> BlockDevice:
     """See nbdserve.formats.vpc.open_image()."""
     if options.snapshot is not None:
         raise OpenError(f"{file.name}: VHD images have no internal snapshots; leave --snapshot out")
+    footer, end = find_footer(file)
+    if footer.disk_type == DiskType.FIXED:
+        return FixedDisk(file, footer, read_only=options.read_only)
+    layout = Layout.read(file, footer, end)
+    if footer.disk_type == DiskType.DIFFERENCING:
+        disk: BlockDevice = _open_differencing(file, footer, layout, end, options)
+    else:
+        disk = DynamicDisk(file, footer, layout, end, read_only=options.read_only)
+    if not options.read_only and not is_footer(bytes(file.read(0, FOOTER_SIZE))):
+        # The footer at the end is about to be overwritten whenever the file grows: there must be another.
+        file.write(0, footer.content)
+        file.sync()
+    return disk
+
+
+def find_footer(file: HostFile) -> tuple[Footer, int]:
+    """The footer that counts, and where the part of the file before the one at its end, if that is there, ends.
+
+    Raises:
+        FormatError: there is no good one, or it is that of a fixed disk longer than the file.
+        Unsupported: of a kind of disk that is not handled.
+    """
     end = max(0, file.size - FOOTER_SIZE)
     head = bytes(file.read(0, FOOTER_SIZE))
     tail = bytes(file.read(end, FOOTER_SIZE))
     if is_footer(tail):
         footer = Footer.parse(tail, file.name)
         if footer.disk_type == DiskType.FIXED and footer.size <= end:
-            return FixedDisk(file, footer, read_only=options.read_only)
+            return footer, end
+    elif not is_footer(head):
+        raise _not_a_vhd(file.name, head, tail)
     if is_footer(head):
         footer = Footer.parse(head, file.name)
-    elif not is_footer(tail):
-        raise _not_a_vhd(file.name, head, tail)
     _refuse_all_but_blocks(file.name, footer, end)
-    if not is_footer(tail):
-        end = file.size
-    layout = Layout.read(file, footer, end)
-    if footer.disk_type == DiskType.DIFFERENCING:
-        disk: BlockDevice = _open_differencing(file, footer, layout, end, options)
-    else:
-        disk = DynamicDisk(file, footer, layout, end, read_only=options.read_only)
-    if not is_footer(head) and not options.read_only:
-        # The footer at the end is about to be overwritten whenever the file grows: there must be another.
-        file.write(0, footer.content)
-        file.sync()
-    return disk
+    return footer, end if is_footer(tail) else file.size
 
 
 def _open_differencing(

@@ -4,7 +4,8 @@ Two invariants are kept here (VHD specification, "Block Allocation Table and Dat
 
 - No write ends up in the headers, the table, the footer or another block because an entry said so. Entries that point
   there, past the end of the file, or to space that another entry claims as well are taken for damaged when the table is
-  read: every access to such a block is EIO. Their bytes on disk stay as they are.
+  read: every access to such a block is EIO. Their bytes on disk stay as they are, and what they claim past the end is
+  never given to another block (see behind_claims).
 - An entry reaches the disk no earlier than the block it names. New entries wait in memory until flush(): it notes which
   ones wait, brings everything written so far to stable storage, writes just those, and syncs again.
 """
@@ -15,6 +16,7 @@ import errno
 import sys
 import threading
 from array import array
+from bisect import bisect_left
 
 from nbdserve.block.file import HostFile
 from nbdserve.formats.entries import rows_of
@@ -40,6 +42,7 @@ class BlockTable:
         self._waiting: dict[int, int] = {}
         self._waiting_lock = threading.Lock()
         self._flushing = threading.Lock()
+        self._claims: list[tuple[int, int]] = []  # what damaged entries name past the end, in order and without overlap
         self.data = self._read(end)
 
     def _read(self, end: int) -> array[int]:
@@ -58,6 +61,8 @@ class BlockTable:
             start, block = (entry >> 32) * SECTOR, entry & 0xFFFFFFFF
             if self._is_outside(start, start + stride, end):
                 data[block] = DAMAGED
+                if start + stride > end:
+                    self._claim(start, start + stride)
                 continue
             if start < free_from:
                 data[last] = data[block] = DAMAGED
@@ -69,6 +74,20 @@ class BlockTable:
     def _is_outside(self, start: int, stop: int, end: int) -> bool:
         """Whether a block there would reach past the end or touch metadata."""
         return stop > end or any(start < taken_end and taken < stop for taken, taken_end in self._layout.metadata)
+
+    def _claim(self, start: int, stop: int) -> None:
+        """Note what a damaged entry claims; calls come in the order of `start`."""
+        if self._claims and start <= self._claims[-1][1]:
+            start, _ = self._claims.pop()
+        self._claims.append((start, stop))
+
+    def behind_claims(self, start: int, stop: int) -> int | None:
+        """Where the claim past the end of the file that reaches into [start, stop) ends; None when there is none.
+
+        Were a new block to lie there, two entries would claim one place when the image is opened again.
+        """
+        at = bisect_left(self._claims, (stop, 0))
+        return self._claims[at - 1][1] if at and self._claims[at - 1][1] > start else None
 
     def place(self, block: int) -> int:
         """Where a block's data begins in the file, in bytes, or UNALLOCATED; EIO for a damaged entry."""
