@@ -130,7 +130,7 @@ class CryptographyEngine:
 
         self._cipher = Cipher
         self._key = algorithms.AES(key)
-        self._mode: Callable[[bytes], modes.Mode] = modes.XTS if mode == "xts" else modes.CBC
+        self._mode: Callable[[bytes], modes.XTS | modes.CBC] = modes.XTS if mode == "xts" else modes.CBC
         self._sector_size = sector_size
 
     def __call__(self, encrypt: bool, ivs: bytearray, sectors: memoryview, /) -> None:

@@ -1,7 +1,8 @@
 """A host file whose bytes are encrypted where they lie: whoever reads and writes through it sees plain ones.
 
-The place of a sector in the file decides its number, and so how it is encrypted. That is LUKS' rule, and qcow2's for the
-clusters of an encrypted image (docs/interop/qcow2, "Encryption": the number is that of the *host* sector).
+The place of a sector in the file decides its number, and so how it is encrypted. That is LUKS' rule, and qcow2's for
+the clusters of an encrypted image (docs/interop/qcow2, "Full disk encryption header pointer": the offset in the *host*
+file counts).
 
 What may not be torn: a write to a part of a sector has to encrypt the sector, or the blocks of it that it touches,
 anew. Nobody may change the rest of them meanwhile, nor read them half old, half new; therefore all writes take a lock,
@@ -106,7 +107,7 @@ class EncryptedFile(HostFile):
                 self._edits += 1
 
     def write_all(self, offset: int, pieces: Sequence[ReadBuffer]) -> None:
-        self.write(offset, b"".join(pieces) if sum(map(bool, pieces)) > 1 else next(filter(None, pieces), b""))
+        self.write(offset, b"".join(pieces))
 
     def write_zeros(self, offset: int, length: int) -> None:
         while length:

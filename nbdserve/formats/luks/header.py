@@ -11,6 +11,7 @@ from nbdserve.formats.luks.ciphers import CipherSpec
 
 MAGIC = b"LUKS\xba\xbe"
 _HASHES = ("sha1", "sha256", "sha512")
+_LONGEST = 200  # characters of a message; a header may hold names of any length
 _MAXIMUM_MATERIAL = 8 << 20  # bytes of one stored key; 4000 stripes of 64 bytes are usual
 
 
@@ -29,16 +30,16 @@ class Area:
 
     def wrong(self, what: str) -> FormatError:
         """The error of a header that cannot be right."""
-        return FormatError(f"{self.file.name}: the LUKS header {what}; the image is damaged")
+        return FormatError(f"{self.file.name}: the LUKS header {what[:_LONGEST]}; the image is damaged")
 
     def unsupported(self, what: str) -> Unsupported:
         """The error of a header that uses what is not handled."""
-        return Unsupported(f"{self.file.name}: the LUKS header {what}, which is not handled")
+        return Unsupported(f"{self.file.name}: the LUKS header {what[:_LONGEST]}, which is not handled")
 
     def cipher(self, text: str) -> CipherSpec:
         """A cipher that the header names."""
         try:
-            return CipherSpec.parse(text)
+            return CipherSpec.parse(text[:_LONGEST])
         except Unsupported as error:
             raise Unsupported(f"{self.file.name}: {error}") from None
 

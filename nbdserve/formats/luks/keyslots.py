@@ -1,8 +1,8 @@
 """Passphrase -> volume key (LUKS1 specification, section 3, "Operations").
 
-What a slot asks for is bounded before anything is derived, over all slots together: _MOST_ITERATIONS take about a
-minute, and so does Argon2 with _MOST_ARGON2_WORK; cryptsetup and QEMU choose what takes two seconds. Argon2 gets at most
-_MOST_MEMORY, which is what cryptsetup chooses at most.
+What the slots ask for is bounded before anything is derived, all of them together: _MOST_ITERATIONS take some two
+minutes, and so does Argon2 with _MOST_ARGON2_WORK; cryptsetup and QEMU choose what takes two seconds. Argon2 gets at
+most _MOST_MEMORY, which is what cryptsetup chooses at most.
 """
 
 from __future__ import annotations

@@ -10,12 +10,11 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from construct import Bytes, Const, Int16ub, Int64ub, Struct
 
-from nbdserve.formats.luks.ciphers import SECTOR, CipherSpec
+from nbdserve.formats.luks.ciphers import CipherSpec
 from nbdserve.formats.luks.header import (
     MAGIC,
     Area,
@@ -47,9 +46,8 @@ _CHECKSUM = slice(_HEADER.sizeof() - 64, _HEADER.sizeof())
 _BINARY = 4096  # bytes; JSON begins behind them
 _SIZES = tuple(0x4000 << each for each in range(9))  # of one copy, and so where the second one may lie
 _MOST_SLOTS = 32
+_NORMAL_PRIORITY = 1
 _SECTOR_SIZES = (512, 1024, 2048, 4096)
-
-Item = TypeVar("Item")
 
 
 def read_luks2(area: Area) -> Header:
@@ -112,8 +110,8 @@ class _Reader:
     def header(self, uuid: str) -> Header:
         self._check_requirements()
         name, segment = self._segment()
-        cipher = self.area.cipher(_of(segment, "encryption", str))
-        sector_size = _of(segment, "sector_size", int)
+        cipher = self.area.cipher(_text(segment, "encryption"))
+        sector_size = _count(segment, "sector_size")
         if sector_size not in _SECTOR_SIZES:
             raise ValueError
         size = None if segment["size"] == "dynamic" else _number(segment, "size")
@@ -138,8 +136,9 @@ class _Reader:
         )
 
     def _check_requirements(self) -> None:
-        config = _of(self.found, "config", dict)
-        mandatory = _of(config.get("requirements", {}), "mandatory", list, [])
+        config = _object(self.found, "config")
+        requirements = _object(config, "requirements") if "requirements" in config else {}
+        mandatory = _list(requirements, "mandatory") if "mandatory" in requirements else []
         if any("reencrypt" in str(each) for each in mandatory):
             raise self.area.unsupported("says that reencryption is under way (finish it with cryptsetup)")
         if mandatory:
@@ -147,11 +146,11 @@ class _Reader:
 
     def _segment(self) -> tuple[str, dict[str, Any]]:
         """The name and the description of the one part that holds data."""
-        segments = _of(self.found, "segments", dict)
+        segments = _object(self.found, "segments")
         if len(segments) != 1:
             raise self.area.unsupported(f"describes data in {len(segments)} segments instead of one")
         ((name, segment),) = segments.items()
-        kind = _of(segment, "type", str)
+        kind = _text(segment, "type")
         if kind != "crypt":
             raise self.area.unsupported(f"describes data of the kind {kind!r}")
         if "integrity" in segment:
@@ -160,64 +159,79 @@ class _Reader:
 
     def _keys(self, segment: str) -> tuple[list[tuple[int, int, KeySlot]], bytes, Pbkdf2]:
         """The slots for a segment, each with the length of its key and its priority; and what the key is known by."""
-        digests = [
-            each
-            for each in _of(self.found, "digests", dict).values()
-            if segment in _of(each, "segments", list)
-        ]
-        if len(digests) != 1 or _of(digests[0], "type", str) != "pbkdf2":
+        digests = [each for each in _object(self.found, "digests").values() if segment in _list(each, "segments")]
+        if len(digests) != 1 or _text(digests[0], "type") != "pbkdf2":
             raise self.area.wrong("does not say how the volume key is recognised")
         (digest,) = digests
-        all_slots, names = _of(self.found, "keyslots", dict), _of(digest, "keyslots", list)
+        all_slots, names = _object(self.found, "keyslots"), _list(digest, "keyslots")
         if len(names) > _MOST_SLOTS:
             raise ValueError
-        slots = [self._slot(_of(all_slots, name, dict)) for name in names]
-        derivation = Pbkdf2(
-            self.area.hash(_of(digest, "hash", str)), _bytes(digest, "salt"), _of(digest, "iterations", int)
-        )
+        slots = [self._slot(_object(all_slots, name)) for name in names]
+        derivation = Pbkdf2(self.area.hash(_text(digest, "hash")), _bytes(digest, "salt"), _count(digest, "iterations"))
         return slots, _bytes(digest, "digest"), derivation
 
     def _slot(self, slot: dict[str, Any]) -> tuple[int, int, KeySlot]:
-        kind, place, split = _of(slot, "type", str), _of(slot, "area", dict), _of(slot, "af", dict)
+        kind, place, split = _text(slot, "type"), _object(slot, "area"), _object(slot, "af")
         if kind != "luks2" or place["type"] != "raw" or split["type"] != "luks1":
             raise self.area.unsupported(f"has a key slot of the kind {kind!r}")
-        key_bytes = _of(slot, "key_size", int)
+        key_bytes = _count(slot, "key_size")
         if not 0 < key_bytes <= 64:
             raise ValueError
-        cipher: CipherSpec = self.area.cipher(_of(place, "encryption", str))
+        cipher: CipherSpec = self.area.cipher(_text(place, "encryption"))
         found = KeySlot(
-            self._derivation(_of(slot, "kdf", dict)),
+            self._derivation(_object(slot, "kdf")),
             cipher,
-            _of(place, "key_size", int),
+            _count(place, "key_size"),
             _number(place, "offset"),
-            self.area.hash(_of(split, "hash", str)),
-            _of(split, "stripes", int),
+            self.area.hash(_text(split, "hash")),
+            _count(split, "stripes"),
         )
         check_slot(self.area, found, key_bytes)
-        return key_bytes, _of(slot, "priority", int, 1), found
+        return key_bytes, _count(slot, "priority") if "priority" in slot else _NORMAL_PRIORITY, found
 
     def _derivation(self, kdf: dict[str, Any]) -> Derivation:
-        kind, salt = _of(kdf, "type", str), _bytes(kdf, "salt")
+        kind, salt = _text(kdf, "type"), _bytes(kdf, "salt")
         if kind == "pbkdf2":
-            return Pbkdf2(self.area.hash(_of(kdf, "hash", str)), salt, _of(kdf, "iterations", int))
+            return Pbkdf2(self.area.hash(_text(kdf, "hash")), salt, _count(kdf, "iterations"))
         if kind not in ("argon2i", "argon2id"):
             raise self.area.unsupported(f"derives a key by {kind!r}")
-        return Argon2(kind, salt, _of(kdf, "time", int), _of(kdf, "memory", int), _of(kdf, "cpus", int))
+        return Argon2(kind, salt, _count(kdf, "time"), _count(kdf, "memory"), _count(kdf, "cpus"))
 
 
-def _of(found: Any, key: str, kind: Callable[..., Item], default: Item | None = None) -> Item:
-    """A member of an object, of the kind that it has to be."""
-    if not isinstance(found, dict):
+def _of(found: Any, key: str, kind: type) -> Any:
+    """A member of an object, which is of this kind exactly (a truth value is no number)."""
+    value = found[key]
+    if type(value) is not kind:
         raise TypeError
-    value = found[key] if default is None else found.get(key, default)
-    if type(value) is not kind or (kind is int and not 0 <= value < 1 << 32):
-        raise TypeError
+    return value
+
+
+def _object(found: Any, key: str) -> dict[str, Any]:
+    value: dict[str, Any] = _of(found, key, dict)
+    return value
+
+
+def _list(found: Any, key: str) -> list[Any]:
+    value: list[Any] = _of(found, key, list)
+    return value
+
+
+def _text(found: Any, key: str) -> str:
+    value: str = _of(found, key, str)
+    return value
+
+
+def _count(found: Any, key: str) -> int:
+    """A member that is a number of at most 32 bits."""
+    value: int = _of(found, key, int)
+    if not 0 <= value < 1 << 32:
+        raise ValueError
     return value
 
 
 def _number(found: dict[str, Any], key: str) -> int:
     """A member that is a number of 64 bits, written as text because JSON promises no more than 53."""
-    text = _of(found, key, str)
+    text = _text(found, key)
     if not text.isascii() or not text.isdigit() or len(text) > 20 or int(text) >= 1 << 63:
         raise ValueError
     return int(text)
@@ -226,7 +240,7 @@ def _number(found: dict[str, Any], key: str) -> int:
 def _bytes(found: dict[str, Any], key: str) -> bytes:
     """A member that is bytes, in base64."""
     try:
-        content = base64.b64decode(_of(found, key, str), validate=True)
+        content = base64.b64decode(_text(found, key), validate=True)
     except binascii.Error:
         raise ValueError from None
     if not 8 <= len(content) <= 1024:

@@ -54,6 +54,8 @@ def data_size(area: Area, header: Header) -> int:
     size = room if header.size is None else header.size
     if size < 0 or size > room:
         raise area.wrong(f"puts the data at {header.offset}, where the file of {area.size} bytes does not hold it")
+    if any(slot.offset + header.key_bytes * slot.stripes > header.offset for slot in header.slots):
+        raise area.wrong(f"puts the data at {header.offset}, before the end of its key slots")
     return size // header.sector_size * header.sector_size
 
 
