@@ -59,6 +59,10 @@ class CipherSpec:
         """Whether there is such a cipher with a key of so many bytes."""
         return key_bytes in _KEY_BYTES[self.mode]
 
+    def is_weak(self, key: bytes) -> bool:
+        """Whether the two keys of XTS are one and the same, which libraries refuse."""
+        return self.mode == "xts" and key[: len(key) // 2] == key[len(key) // 2 :]
+
 
 class Engine(Protocol):
     """Encrypts or decrypts sectors in place, each with its initialisation vector."""

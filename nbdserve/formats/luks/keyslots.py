@@ -41,6 +41,8 @@ def unlock(area: Area, header: Header, passphrase: GetPassphrase | None) -> byte
         for slot in header.slots:
             key = _try(area, header, slot, candidate)
             if key is not None:
+                if header.cipher.is_weak(key):
+                    raise area.wrong("has a volume key whose halves are equal, which hides nothing")
                 return key
     raise OpenError(f"{name}: the passphrase does not open it; check the file given with --passphrase-file")
 

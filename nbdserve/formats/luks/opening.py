@@ -22,7 +22,7 @@ def read_header(area: Area) -> Header:
         Unsupported: it uses what is not handled.
     """
     start = bytes(area.read(0, min(area.size, len(MAGIC) + 2)))
-    if not start.startswith(MAGIC):
+    if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 2:
         raise FormatError(f"{area.file.name}: not a LUKS image: no LUKS signature; check the format you gave")
     version = int.from_bytes(start[len(MAGIC) :], "big")
     if version not in (1, 2):
