@@ -39,8 +39,8 @@ in /etc/fstab (writable unless it says ro, as mount(8) has it):
 # What -o may hold, besides ro and rw: options of ours, options for the kernel, and what mount(8) and fstab hand over
 # that needs nothing of us (dev and suid are never granted).
 _OURS = frozenset(
-    """partition raw inspect snapshot raw-links format allow-path trust-references overlay as-root-of-guest
-    map-uid map-gid foreground""".split()  # noqa: SIM905
+    """partition raw inspect snapshot raw-links format allow-path trust-references passphrase-file overlay
+    as-root-of-guest map-uid map-gid foreground""".split()  # noqa: SIM905
 )
 _HANDED_ON = frozenset(("noexec", "allow_other"))
 _IGNORED = frozenset(
@@ -222,6 +222,8 @@ def _mount(options: argparse.Namespace, handed_on: set[str]) -> None:
         return
     from fusemount.background import in_background
 
+    if options.passphrase is not None:
+        options.passphrase.ask_now()
     in_background(lambda ready, log: _serve(options, mountpoint, handed_on, ready, log))
 
 

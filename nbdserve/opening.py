@@ -26,7 +26,16 @@ from typing import TypeAlias
 from nbdserve import locking
 from nbdserve.block import BlockDevice, HostFile, Window
 from nbdserve.errors import FormatError, OpenError
-from nbdserve.formats import ALIASES, FORMATS, OpenFile, OpenOptions, OpenReference, probe, probe_sectors
+from nbdserve.formats import (
+    ALIASES,
+    FORMATS,
+    GetPassphrase,
+    OpenFile,
+    OpenOptions,
+    OpenReference,
+    probe,
+    probe_sectors,
+)
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
 _IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
@@ -35,15 +44,17 @@ _LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 @dataclass(frozen=True, slots=True)
 class ReferencePolicy:
-    """What images may refer to.
+    """What images may refer to, and what opens those that are encrypted, wherever in the chain they are.
 
     Attributes:
         allowed: directories, besides the image's own, whose files may be referred to.
         trust_all: any local path is fine, and so are guessed formats.
+        passphrase: tells the passphrase; None if there is none.
     """
 
     allowed: tuple[Path, ...] = ()
     trust_all: bool = False
+    passphrase: GetPassphrase | None = None
 
 
 def known_format(name: str) -> str:
@@ -286,6 +297,7 @@ class _Chain:
             looks_like,
             below.file_opener(file.name),
             self.warn,
+            self.policy.passphrase,
         )
         return name, options, below
 

@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     )
     image.add_argument("-r", "--read-only", action="store_true", help="let nothing write to it")
     image.add_argument("-l", "--snapshot", metavar="NAME", help="an internal snapshot (name or ID), read-only")
+    image.add_argument(
+        "--passphrase-file", metavar="FILE", help="holds the passphrase of images encrypted with LUKS (native)"
+    )
     image.add_argument("-m", "--mount", metavar="DIR", help="mount a partition there")
     image.add_argument("-P", "--partition", type=_count, metavar="N", help="which; default: the only one")
     image.add_argument(
@@ -145,6 +148,10 @@ def _check(command: argparse.ArgumentParser, options: argparse.Namespace) -> Non
         command.error("--all belongs to --detach")
     if options.dry_run and options.reconnect is not None:
         command.error("--dry-run has nothing to show for --reconnect")
+    if options.passphrase_file is not None and options.backend == "qemu":
+        command.error("--passphrase-file needs the native backend; with qemu-nbd, see its option --object secret")
+    if options.passphrase_file == "-":
+        command.error("--passphrase-file takes a file here: the server in the background has nobody to ask")
     if options.json and not options.list:
         command.error("--json belongs to --list")
 
@@ -170,6 +177,7 @@ def _request(options: argparse.Namespace) -> Request:
         device=options.device,
         connections=options.connections,
         seconds=options.timeout,
+        passphrase_file=options.passphrase_file and os.path.abspath(options.passphrase_file),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from nbdserve.errors import NbdserveError
 
 if TYPE_CHECKING:
+    from nbdserve.cli.passphrase import Passphrase
     from nbdserve.opening import ReferencePolicy
 
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
@@ -40,7 +41,7 @@ def add_force_share(group: argparse._ArgumentGroup) -> None:
 
 
 def add_references(group: argparse._ActionsContainer) -> None:
-    """The options on what images may refer to; see policy_of()."""
+    """The options on what images may refer to, and on what opens them; see policy_of()."""
     group.add_argument(
         "--allow-path",
         action="append",
@@ -50,13 +51,26 @@ def add_references(group: argparse._ActionsContainer) -> None:
         help="let images refer to files below DIR, besides their own directory (may be repeated)",
     )
     group.add_argument("--trust-references", action="store_true", help="let images refer to any local file")
+    group.add_argument(
+        "--passphrase-file",
+        type=_passphrase,
+        dest="passphrase",
+        metavar="FILE",
+        help="holds the passphrase of images encrypted with LUKS; - asks for it",
+    )
+
+
+def _passphrase(name: str) -> Passphrase:
+    from nbdserve.cli.passphrase import Passphrase
+
+    return Passphrase(name)
 
 
 def policy_of(options: argparse.Namespace) -> ReferencePolicy:
-    """What images may refer to, by the options of add_references()."""
+    """What images may refer to, and what opens them, by the options of add_references()."""
     from nbdserve.opening import ReferencePolicy
 
-    return ReferencePolicy(tuple(options.allow_path), options.trust_references)
+    return ReferencePolicy(tuple(options.allow_path), options.trust_references, options.passphrase)
 
 
 def printable(text: str) -> str:

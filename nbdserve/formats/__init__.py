@@ -7,6 +7,7 @@
     vhdx     Hyper-V's VHDX: fixed, dynamic and differencing
     vdi      VirtualBox's disk images: dynamic, static and differencing
     vmdk     VMware's disks: sparse, flat, split and stream-optimized
+    luks     LUKS, encrypted disks, versions 1 and 2
     entries  entries of tables, written back in rows
     newfile  files that appear under their names only when they are complete
 
@@ -19,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
@@ -42,6 +43,10 @@ class OpenFile(Protocol):
         ...
 
 
+GetPassphrase: TypeAlias = Callable[[], bytes]
+"""Tells the passphrase of encrypted images; called only where one is needed, so that it may ask a person."""
+
+
 def no_files(name: str, *, writable: bool) -> HostFile:
     """The OpenFile of images that stand on their own."""
     raise OpenError(f"{name}: files that belong to an image cannot be opened here")
@@ -59,6 +64,7 @@ class OpenOptions:
             satisfy.
         open_file: for the other files that an image consists of.
         warn: told, in one line, of what the user should know.
+        passphrase: for an encrypted image; None if the user has given none.
     """
 
     read_only: bool
@@ -67,6 +73,7 @@ class OpenOptions:
     looks_like: Callable[[bytes, bytes], str | None] | None = None
     open_file: OpenFile = no_files
     warn: Callable[[str], None] = lambda line: None
+    passphrase: GetPassphrase | None = None
 
 
 def _open_raw(file: HostFile, options: OpenOptions) -> BlockDevice:
@@ -94,6 +101,7 @@ FORMATS: dict[str, Callable[[HostFile, OpenOptions], BlockDevice]] = {
     "vhdx": _opener("nbdserve.formats.vhdx"),
     "vdi": _opener("nbdserve.formats.vdi"),
     "vmdk": _opener("nbdserve.formats.vmdk"),
+    "luks": _opener("nbdserve.formats.luks"),
 }
 
 ALIASES = {"vhd": "vpc", "img": "raw"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdserve.block import BlockDevice, HostFile, HostOffset
@@ -114,6 +114,8 @@ def _compressing(device: BlockDevice, target: Target) -> tuple[Write, int]:
     """How to write compressed data, and in multiples of what."""
     from nbdserve.formats.qcow2.writable import WritableQcow2Image
 
+    if "encrypt.format" in target.values:
+        raise OpenError(f"{target.path}: clusters are either compressed or encrypted; leave one of the two out")
     if not isinstance(device, WritableQcow2Image) or "data_file" in target.values:
         raise OpenError(f"{target.path}: only clusters inside a qcow2 image can be compressed")
     return device.write_compressed, device.header.geometry.cluster_size
@@ -158,11 +160,15 @@ def _opened(size: int, target: Target, policy: ReferencePolicy | None) -> Iterat
             if target.format != "qcow2":
                 raise OpenError(f"{path}: only qcow2 images are made with -B; make an overlay first, and say -n")
             below, _ = held.enter_context(open_backing(path, target.backing, target.backing_format, policy))
-            policy = ReferencePolicy(trust_all=True)  # what that image refers to has just been checked
+            # What that image refers to has just been checked.
+            policy = replace(policy or ReferencePolicy(), trust_all=True)
         made = path if "data_file" in target.values else held.enter_context(staged(path, beside=below is not None))
-        make_image(made, target.format, size, target.values, below)
+        passphrase = None if policy is None else policy.passphrase
+        make_image(made, target.format, size, target.values, below, passphrase=passphrase)
         with open_image(made, format=target.format, policy=policy) as device:
-            yield device, True
+            if target.format == "luks":  # reads as random bytes, not as zeros
+                device.zero(size, device.size - size)
+            yield device, target.format != "luks"
 
 
 @contextmanager

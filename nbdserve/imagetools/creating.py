@@ -37,7 +37,7 @@ def create(
         size: of the disk in bytes; None for that of the backing file.
         backing: the name of the image to stand on, from the new one's own directory.
         unchecked: do not look at the backing file.
-        policy: what the backing file may refer to.
+        policy: what the backing file may refer to, and the passphrase for what is encrypted.
 
     Returns:
         The length of the disk in bytes, and the paths of the images it stands on, the nearest first.
@@ -47,23 +47,24 @@ def create(
     """
     if is_remote(path) or is_device(path):
         raise OpenError(f"{path}: images are made in files; convert writes to devices and servers")
+    passphrase = None if policy is None else policy.passphrase
     if backing is None:
         if size is None:
             raise OpenError(f"{path}: how large is the disk to be? Give a size")
         with _stage(path, values) as made:
-            make_image(made, format, size, values)
+            make_image(made, format, size, values, passphrase=passphrase)
         return size, []
     if unchecked:
         if size is None:
             raise OpenError(f"{path}: without a look at the backing file its size is not known; give one")
         with _stage(path, values) as made:
-            make_image(made, format, size, values, Backing(backing, backing_format, None))
+            make_image(made, format, size, values, Backing(backing, backing_format, None), passphrase=passphrase)
         return size, []
     with open_backing(path, backing, backing_format, policy) as (below, chain):
         assert below.device is not None
         size = below.device.size if size is None else size
         with _stage(path, values) as made:
-            make_image(made, format, size, values, below)
+            make_image(made, format, size, values, below, passphrase=passphrase)
     return size, chain
 
 

@@ -110,6 +110,7 @@ def _raw(image: ImageFile) -> Facts:
 
 
 def _qcow2(image: ImageFile) -> Facts:
+    from nbdserve.formats.luks.header import Area
     from nbdserve.formats.qcow2.header import LAZY_REFCOUNTS, Encryption, Header, Incompatible
 
     header = Header.read(image.file)
@@ -132,6 +133,8 @@ def _qcow2(image: ImageFile) -> Facts:
     if header.encryption != Encryption.NONE:
         more["encrypted"] = True
         specific["encrypt"] = {"format": header.encryption.name.lower()}
+        if header.encryption_place is not None:
+            specific["encrypt"] |= _luks1(Area(image.file, *header.encryption_place))
     if snapshots := _snapshots(image.file, header):
         more["snapshots"] = snapshots
     return Facts(
@@ -255,6 +258,53 @@ def _vmdk(image: ImageFile) -> Facts:
     )
 
 
+def _luks(image: ImageFile) -> Facts:
+    from nbdserve.formats.luks.header import Area
+    from nbdserve.formats.luks.opening import data_size, read_header
+
+    area = Area(image.file, 0, image.file.size)
+    header = read_header(area)
+    if header.version == 1:
+        specific = _luks1(area)
+    else:  # which QEMU does not know
+        specific = {
+            "version": header.version,
+            "cipher": str(header.cipher),
+            "sector-size": header.sector_size,
+            "uuid": header.uuid,
+            "payload-offset": header.offset,
+            "active-slots": len(header.slots),
+        }
+    return Facts(data_size(area, header), specific=specific, more={"encrypted": True})
+
+
+def _luks1(area: Any) -> Json:
+    """What QEMU tells of a header of version 1 (qapi/crypto.json, QCryptoBlockInfoLUKS)."""
+    from nbdserve.formats.luks.ciphers import SECTOR
+    from nbdserve.formats.luks.luks1 import ENABLED, parse, text
+
+    found = parse(area)
+    mode, _, iv = text(found.cipher_mode).partition("-")
+    iv, _, iv_hash = iv.partition(":")
+    slots = [
+        {"active": True, "iters": slot.iterations, "stripes": slot.stripes, "key-offset": slot.material_offset * SECTOR}
+        if slot.active == ENABLED
+        else {"active": False, "key-offset": slot.material_offset * SECTOR}
+        for slot in found.slots
+    ]
+    return {
+        "cipher-alg": f"{text(found.cipher_name)}-{found.key_bytes * (4 if mode == 'xts' else 8)}",
+        "cipher-mode": mode,
+        "ivgen-alg": iv,
+        **({"ivgen-hash-alg": iv_hash} if iv_hash else {}),
+        "hash-alg": text(found.hash_spec),
+        "payload-offset": found.payload_offset * SECTOR,
+        "master-key-iters": found.digest_iterations,
+        "uuid": text(found.uuid),
+        "slots": slots,
+    }
+
+
 _READERS: dict[str, Callable[[ImageFile], Facts]] = {
     "raw": _raw,
     "qcow2": _qcow2,
@@ -262,4 +312,5 @@ _READERS: dict[str, Callable[[ImageFile], Facts]] = {
     "vhdx": _vhdx,
     "vdi": _vdi,
     "vmdk": _vmdk,
+    "luks": _luks,
 }

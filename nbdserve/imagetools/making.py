@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from nbdserve.block import BlockDevice
 from nbdserve.errors import OpenError
-from nbdserve.formats import ALIASES, FORMATS
+from nbdserve.formats import ALIASES, FORMATS, GetPassphrase
 from nbdserve.opening import known_format
 
 Values: TypeAlias = Mapping[str, int | bool | str]
@@ -64,6 +64,9 @@ _BACKING = {
     "backing_fmt": Option(Kind.TEXT, "its format"),
 }
 
+_PASSPHRASE = "passphrase"  # among the values handed to a maker, where no user's option has this name
+_ITER_TIME = Option(Kind.NUMBER, "milliseconds to try a passphrase; default: 2000")
+
 OPTIONS: dict[str, dict[str, Option]] = {
     "raw": {
         **_SIZE,
@@ -75,6 +78,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "cluster_size": Option(Kind.SIZE, "512 to 2M; default: 64k"),
         "compat": _choice("version of the format; default: 1.1", "0.10", "1.1", "v2", "v3"),
         "compression_type": _choice("how clusters are compressed; default: zlib", "zlib", "zstd"),
+        "encrypt.format": _choice("encrypt the guest's data, with --passphrase-file", "luks"),
+        "encrypt.iter-time": _ITER_TIME,
         "data_file": Option(Kind.TEXT, "name of a file to hold the guest's data"),
         "data_file_raw": Option(Kind.SWITCH, "let the data file by itself show the disk"),
         "extended_l2": Option(Kind.SWITCH, "allocate in 32nds of a cluster"),
@@ -115,6 +120,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "zeroed_grain": Option(Kind.SWITCH, "allow grains to be marked as zeros"),
     },
+    "luks": {**_SIZE, "iter-time": _ITER_TIME},
 }
 
 
@@ -131,21 +137,30 @@ def format_for(path: str | None, name: str | None) -> str:
     return suffix if suffix in FORMATS else "raw"
 
 
-def make_image(path: str, format: str, size: int, values: Values, backing: Backing | None = None) -> None:
+def make_image(
+    path: str,
+    format: str,
+    size: int,
+    values: Values,
+    backing: Backing | None = None,
+    *,
+    passphrase: GetPassphrase | None = None,
+) -> None:
     """Make an image that does not exist yet.
 
     Args:
         format: a name of formats.FORMATS.
         size: of the disk, in bytes.
         values: options of that format; size and the backing file are not taken from there.
+        passphrase: for an image that is to be encrypted.
 
     Raises:
         OpenError: such an image cannot be, with the reason in one line.
         OSError: from the host.
     """
-    if backing is not None and format == "raw":
-        raise OpenError(f"{path}: a raw image cannot stand on another one; take qcow2")
-    _MAKERS[format](path, size, dict(values), backing)
+    if backing is not None and format in ("raw", "luks"):
+        raise OpenError(f"{path}: a {format} image cannot stand on another one; take qcow2")
+    _MAKERS[format](path, size, {**values, _PASSPHRASE: passphrase}, backing)
 
 
 def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None) -> None:
@@ -162,10 +177,21 @@ def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None) -> Non
                     file.write(memoryview(piece)[: size - start])
 
 
+def _luks(path: str, size: int, values: dict[str, Any], _: Backing | None) -> None:
+    from nbdserve.formats.luks.create import create_image
+
+    create_image(path, size, values[_PASSPHRASE], milliseconds=values.get("iter-time", 2000))
+
+
 def _qcow2(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
     from nbdserve.formats.qcow2.create import CreateOptions, create_image
     from nbdserve.formats.qcow2.header import CompressionType
 
+    luks_header = None
+    if "encrypt.format" in values:
+        from nbdserve.formats.luks.create import build_header
+
+        luks_header = build_header(values[_PASSPHRASE], milliseconds=values.get("encrypt.iter-time", 2000))
     chosen = CreateOptions(
         cluster_size=values.get("cluster_size", 65536),
         version=2 if values.get("compat") in ("0.10", "v2") else 3,
@@ -178,6 +204,7 @@ def _qcow2(path: str, size: int, values: dict[str, Any], backing: Backing | None
         backing_format=None if backing is None else backing.format,
         data_file=values.get("data_file"),
         data_file_raw=values.get("data_file_raw", False),
+        luks_header=luks_header,
     )
     create_image(path, size, chosen)
 
@@ -262,4 +289,5 @@ _MAKERS: dict[str, Callable[[str, int, dict[str, Any], Backing | None], None]] =
     "vhdx": _vhdx,
     "vdi": _vdi,
     "vmdk": _vmdk,
+    "luks": _luks,
 }

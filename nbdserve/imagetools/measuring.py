@@ -54,7 +54,8 @@ def measure(size: int, source: BlockDevice | None, format: str, values: Mapping[
     bitmaps = None
     if source is not None and values.get("compat") not in ("0.10", "v2"):
         bitmaps = _bitmaps(source, cluster_size)
-    return Measure(full - whole + used, full, bitmaps)
+    header = _luks_header(cluster_size) if "encrypt.format" in values else 0
+    return Measure(full - whole + used + header, full + header, bitmaps)
 
 
 def _up(number: int, unit: int) -> int:
@@ -73,6 +74,12 @@ def _full_qcow2(whole: int, cluster_size: int, refcount_bits: int, l2_entry: int
         table = -(-blocks // (cluster_size // _ENTRY))
         if blocks + table == before:
             return (clusters + before) * cluster_size
+
+
+def _luks_header(cluster_size: int) -> int:
+    from nbdserve.formats.luks.create import HEADER_SIZE
+
+    return _up(HEADER_SIZE, cluster_size)
 
 
 def _used(source: BlockDevice, cluster_size: int) -> int:

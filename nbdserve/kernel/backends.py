@@ -40,7 +40,7 @@ class Request:
 
     Attributes:
         image: an absolute path, or an NBD URI.
-        format, snapshot: as nbdserve's options of that name.
+        format, snapshot, passphrase_file: as nbdserve's options of that name; the file by its absolute path.
         device: the name of a device (nbd3), or None for any that is free.
         connections: between the kernel and the server.
         seconds: after which an unanswered request counts its connection as dead, and for which requests wait for the
@@ -54,6 +54,7 @@ class Request:
     device: str | None = None
     connections: int = 2
     seconds: int = 60
+    passphrase_file: str | None = None
 
 
 def nbdserve_options(request: Request, socket_path: str) -> list[str]:
@@ -62,6 +63,7 @@ def nbdserve_options(request: Request, socket_path: str) -> list[str]:
         *(["--read-only"] if request.read_only else []),
         *(["--format", request.format] if request.format else []),
         *(["--snapshot", request.snapshot] if request.snapshot else []),
+        *(["--passphrase-file", request.passphrase_file] if request.passphrase_file else []),
         *("--socket", socket_path, "--", request.image),
     ]
 

@@ -167,12 +167,10 @@ def run_nbdserve_briefly(image: Path, format: str) -> str | None:
 
 
 @needs("qemu-img")
-@pytest.mark.parametrize("format", ["qed", "qcow", "luks", "parallels"])
+@pytest.mark.parametrize("format", ["qed", "qcow", "parallels"])
 def test_a_format_that_is_recognised_but_not_supported(tmp_path: Path, format: str) -> None:
     image = tmp_path / "disk"
-    secret = ("--object", "secret,id=s,data=x")
-    options = (*secret, "-o", "key-secret=s,iter-time=10") if format == "luks" else ()
-    run("qemu-img", "create", "-q", *options, "-f", format, image, "16M")
+    run("qemu-img", "create", "-q", "-f", format, image, "16M")
     said = refusal_of(image)
     assert format in said
     assert "convert it to qcow2" in said

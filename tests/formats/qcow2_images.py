@@ -6,11 +6,11 @@ from pathlib import Path
 
 from nbdserve.block import BlockDevice, HostFile
 from nbdserve.errors import OpenError
-from nbdserve.formats import FORMATS, OpenOptions, OpenReference, probe
+from nbdserve.formats import FORMATS, GetPassphrase, OpenOptions, OpenReference, probe
 from nbdserve.formats.qcow2 import open_image
 
 
-def references_of(directory: Path) -> OpenReference:
+def references_of(directory: Path, passphrase: GetPassphrase | None = None) -> OpenReference:
     """Opens any file that an image in the directory names."""
 
     def open_reference(name: str, format: str | None) -> BlockDevice:
@@ -18,22 +18,29 @@ def references_of(directory: Path) -> OpenReference:
         known = FORMATS.get(format or probe(file))
         if known is None:
             raise OpenError(f"{directory}: {format!r} is no format")
-        return known(file, OpenOptions(True, open_reference))
+        return known(file, OpenOptions(True, open_reference, passphrase=passphrase))
 
     return open_reference
 
 
 def open_qcow2(
-    path: Path, *, read_only: bool = False, snapshot: str | None = None, file_type: type[HostFile] = HostFile
+    path: Path,
+    *,
+    read_only: bool = False,
+    snapshot: str | None = None,
+    file_type: type[HostFile] = HostFile,
+    passphrase: GetPassphrase | None = None,
 ) -> BlockDevice:
-    """Open an image, and the files it names in its own directory."""
+    """Open an image, and the files it names in its own directory; the passphrase opens those too."""
 
     def open_file(name: str, *, writable: bool) -> HostFile:
         return file_type.open(path.parent / name, writable=writable)
 
     file = file_type.open(path, writable=not read_only)
     try:
-        return open_image(file, OpenOptions(read_only, references_of(path.parent), snapshot, None, open_file))
+        references = references_of(path.parent, passphrase)
+        options = OpenOptions(read_only, references, snapshot, None, open_file, passphrase=passphrase)
+        return open_image(file, options)
     except BaseException:
         file.close()
         raise

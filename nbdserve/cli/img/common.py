@@ -52,7 +52,7 @@ def add_format(parser: argparse.ArgumentParser, *names: str, help: str = "") -> 
     parser.add_argument(
         *(names or ("-f", "--format")),
         metavar="FMT",
-        help=help or "qcow2, raw, vpc, vhdx, vdi or vmdk; default: recognised by content",
+        help=help or "qcow2, raw, vpc, vhdx, vdi, vmdk or luks; default: recognised by content",
     )
 
 

@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "create", "Make a new image, empty or on top of another one.", EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="the new file; an existing one is replaced")
     parser.add_argument("size", metavar="SIZE", nargs="?", type=byte_size, help="length of the disk: 512, 64k, 20G")
-    add_format(parser, help="of the new image: raw, qcow2, vpc, vhdx, vdi or vmdk; default: by the name, else raw")
+    add_format(parser, help="of the new image: qcow2, vpc, vhdx, vdi, vmdk, luks or raw; default: by the name")
     parser.add_argument(
         "-b", "--backing", metavar="NAME", help="the image to stand on, from the new one's own directory"
     )

@@ -51,6 +51,8 @@ def parse_options(format: str, texts: list[str], *, may_be_empty: Sequence[str] 
     for part in (part for text in texts for part in _split(text)):
         name, equals, text = part.partition("=")
         option = OPTIONS[format].get(name)
+        if name.endswith("key-secret"):
+            raise OpenError(f"-o {name}: the passphrase is given with --passphrase-file FILE")
         if option is None:
             raise OpenError(f"-o {name}: {format} has no such option; it has {', '.join(sorted(OPTIONS[format]))}")
         if equals and not text and name in may_be_empty:

@@ -11,6 +11,7 @@
     image                 the disk, for reading
     allocating, writable  the disk, for writing
     subclusters           the same for extended L2 entries; writable_subclusters
+    encrypted             the same for images encrypted with LUKS
     opening               a file -> an image
     checking              a full check, for image tools
     repair                refcounts made anew for a dirty image

@@ -1,7 +1,7 @@
 """New, empty qcow2 images.
 
 The file is complete, and on stable storage, before anybody can open it: header, refcount table, refcount blocks, L1
-table, in this order.
+table and, if there is one, LUKS header, in this order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nbdserve.formats.qcow2.header import (
     SECOND_HEADER,
     Autoclear,
     CompressionType,
+    Encryption,
     Incompatible,
 )
 from nbdserve.formats.qcow2.packing import empty_block, pack_block
@@ -49,6 +50,7 @@ class CreateOptions:
         backing, backing_format: the backing file, by the name with which the image is to find it.
         data_file: the file for the guest's data, by the name with which the image is to find it; it is created.
         data_file_raw: the data file by itself shows what the guest sees.
+        luks_header: encrypts the guest's data; as luks.create.build_header() makes it.
     """
 
     cluster_size: int = 65536
@@ -62,6 +64,7 @@ class CreateOptions:
     backing_format: str | None = None
     data_file: str | None = None
     data_file_raw: bool = False
+    luks_header: bytes | None = None
 
     def check(self, name: str) -> None:
         """Refuse what does not go together.
@@ -88,6 +91,10 @@ class CreateOptions:
             (
                 self.data_file_raw and self.data_file is None,
                 "a raw data file needs a data file; name one",
+            ),
+            (
+                self.luks_header is not None and (self.preallocation != "off" or self.data_file_raw),
+                "encryption and preallocation or a raw data file exclude each other; leave one of them out",
             ),
             (
                 self.backing is not None and (self.preallocation != "off" or self.data_file_raw),
@@ -153,12 +160,14 @@ class _Layout:
             )
         cluster_size = options.cluster_size
         l1_clusters = -(-self.l1_entries * ENTRY_SIZE // cluster_size)
+        luks_clusters = -(-len(options.luks_header or b"") // cluster_size)
         self.per_block = cluster_size * 8 // options.refcount_bits
         self.blocks = 1
         while True:
             self.table_clusters = -(-self.blocks * ENTRY_SIZE // cluster_size)
             self.l1_at = 1 + self.table_clusters + self.blocks
-            self.used = self.l1_at + l1_clusters
+            self.luks_at = self.l1_at + l1_clusters
+            self.used = self.luks_at + luks_clusters
             if self.used <= self.blocks * self.per_block:
                 break
             self.blocks = -(-self.used // self.per_block)
@@ -179,7 +188,8 @@ class _Layout:
         refcounts = empty_block(width, self.per_block * self.blocks)
         refcounts[: self.used] = array(refcounts.typecode, (1,)) * self.used
         content = self._header().ljust(cluster_size, b"\0") + table.ljust(self.table_clusters * cluster_size, b"\0")
-        return (content + pack_block(width, refcounts)).ljust(self.used * cluster_size, b"\0")
+        content = (content + pack_block(width, refcounts)).ljust(self.luks_at * cluster_size, b"\0")
+        return (content + (self.options.luks_header or b"")).ljust(self.used * cluster_size, b"\0")
 
     def _header(self) -> bytes:
         options = self.options
@@ -195,7 +205,7 @@ class _Layout:
                 "backing_file_size": len(backing),
                 "cluster_bits": options.cluster_size.bit_length() - 1,
                 "size": self.size,
-                "crypt_method": 0,
+                "crypt_method": Encryption.NONE if options.luks_header is None else Encryption.LUKS,
                 "l1_size": self.l1_entries,
                 "l1_table_offset": self.l1_at * options.cluster_size,
                 "refcount_table_offset": options.cluster_size,
@@ -233,6 +243,9 @@ class _Layout:
             extensions += build_extension(Extension.BACKING_FORMAT, options.backing_format.encode())
         if options.data_file is not None:
             extensions += build_extension(Extension.DATA_FILE, os.fsencode(options.data_file))
+        if options.luks_header is not None:
+            place = (self.luks_at * options.cluster_size).to_bytes(8, "big")
+            extensions += build_extension(Extension.ENCRYPTION, place + len(options.luks_header).to_bytes(8, "big"))
         end = build_extension(Extension.END, b"")
         names = build_extension(Extension.FEATURE_NAMES, build_feature_names())
         if options.version >= 3 and len(extensions) + len(names) + len(end) <= room:

@@ -48,7 +48,7 @@ class Qcow2Image(MappedImage):
         self.preferred_block = max(4096, geometry.unit)
         self.file = space.file
         self._data = data
-        self.data_file = data.file
+        self.data_file = data.guest_file
         self._geometry = geometry
         self._mapping = mapping
         self._compressed = compressed
@@ -170,7 +170,7 @@ class Qcow2Image(MappedImage):
         count = row_length(table, index, stop, host, size, COPIED)
         return self._data_extent(host + inside, min(length, count * size - inside))
 
-    def _data_extent(self, host: int, length: int) -> Data | Zero:
+    def _data_extent(self, host: int, length: int) -> Data | Zero | Computed:
         """Bytes of the data file; where it has holes (space set aside in advance) that is quicker told than read."""
         in_file = self._data.end - host
         if in_file <= 0:  # the last cluster need not be written out to its end

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
@@ -24,12 +25,17 @@ from nbdserve.formats.qcow2.subclusters import SubclusterImage
 from nbdserve.formats.qcow2.writable import WritableQcow2Image
 from nbdserve.formats.qcow2.writable_subclusters import WritableSubclusterImage
 
+if TYPE_CHECKING:
+    from nbdserve.formats.luks.ciphers import SectorCipher
+
 
 def open_qcow2(file: HostFile, options: OpenOptions) -> Qcow2Image:
     """See nbdserve.formats.qcow2.open_image()."""
     header = Header.read(file)
-    if header.encryption != Encryption.NONE:
-        raise Unsupported(f"{file.name}: encrypted qcow2 images are not handled; decrypt it with qemu-img convert")
+    if header.encryption == Encryption.AES:
+        raise Unsupported(
+            f"{file.name}: is encrypted in qcow2's old way (AES), which is not handled; copy it with 'qemu-img convert'"
+        )
     if options.read_only or options.snapshot is not None:
         return _open_to_read(file, header, options)
     if header.incompatible & Incompatible.CORRUPT:
@@ -50,25 +56,29 @@ def _open_to_read(file: HostFile, header: Header, options: OpenOptions) -> Qcow2
     if options.snapshot is not None:
         snapshot = find_snapshot(file, header, read_snapshots(file, header)[0], options.snapshot)
         size, l1_offset, l1_entries = snapshot.size, snapshot.l1_offset, snapshot.l1_entries
+    cipher = _cipher(file, header, options)
     space = HostSpace(file, header.geometry)
     mapping = Mapping(space, read_table(file, l1_offset, l1_entries), l1_offset, writable=False)
-    kind = Qcow2Image if header.geometry.words == 1 else SubclusterImage
+    kind = _reading_kind(header)
     with ExitStack() as opened:
         data, backing = _open_others(file, header, options, space, opened)
+        data.guest_file = _decrypted(data.file, cipher)
         image = kind(size, space, mapping, _compressed(file, header), backing, data)
         opened.pop_all()
     return image
 
 
 def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow2Image:
+    cipher = _cipher(file, header, options)
     space = HostSpace(file, header.geometry)
     l1 = read_table(file, header.l1_offset, header.l1_entries)
     tracker, bitmaps = _bitmaps(file, header)
     space.claim(_tables(file, header, l1, bitmaps))
     mapping = Mapping(space, l1, header.l1_offset, writable=True)
-    kind = WritableQcow2Image if header.geometry.words == 1 else WritableSubclusterImage
+    kind = _writing_kind(header)
     with ExitStack() as opened:
         data, backing = _open_others(file, header, options, space, opened)
+        data.guest_file = _decrypted(data.file, cipher)
         kept = header.autoclear & (Autoclear.RAW_DATA if header.geometry.is_external else 0)
         if bitmaps:
             kept |= Autoclear.BITMAPS
@@ -81,6 +91,41 @@ def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow
         image = kind(replace(header, autoclear=kept), space, mapping, _compressed(file, header), backing, data, tracker)
         opened.pop_all()
     return image
+
+
+def _reading_kind(header: Header) -> type[Qcow2Image]:
+    if header.encryption == Encryption.NONE:
+        return Qcow2Image if header.geometry.words == 1 else SubclusterImage
+    from nbdserve.formats.qcow2.encrypted import EncryptedImage, EncryptedSubclusterImage
+
+    return EncryptedImage if header.geometry.words == 1 else EncryptedSubclusterImage
+
+
+def _writing_kind(header: Header) -> type[WritableQcow2Image]:
+    if header.encryption == Encryption.NONE:
+        return WritableQcow2Image if header.geometry.words == 1 else WritableSubclusterImage
+    from nbdserve.formats.qcow2.encrypted import WritableEncryptedImage, WritableEncryptedSubclusterImage
+
+    return WritableEncryptedImage if header.geometry.words == 1 else WritableEncryptedSubclusterImage
+
+
+def _cipher(file: HostFile, header: Header, options: OpenOptions) -> SectorCipher | None:
+    """What guest clusters are encrypted with."""
+    if header.encryption_place is None:
+        return None
+    from nbdserve.formats.luks.header import Area
+    from nbdserve.formats.luks.opening import open_cipher
+
+    return open_cipher(Area(file, *header.encryption_place), options.passphrase)
+
+
+def _decrypted(file: HostFile, cipher: SectorCipher | None) -> HostFile:
+    """A file that guest clusters lie in, as they are read and written through it."""
+    if cipher is None:
+        return file
+    from nbdserve.formats.luks.file import EncryptedFile
+
+    return EncryptedFile(file, cipher)
 
 
 def _bitmaps(file: HostFile, header: Header) -> tuple[BitmapTracker | None, list[Bitmap]]:
@@ -138,6 +183,8 @@ def _tables(file: HostFile, header: Header, l1: array[int], bitmaps: list[Bitmap
     cluster_size, mask = header.geometry.cluster_size, header.geometry.offset_mask
     length = header.refcount_table_clusters << header.geometry.cluster_bits
     yield 0, cluster_size, "the header"
+    if header.encryption_place is not None:
+        yield *header.encryption_place, "the LUKS header"
     if l1:
         yield header.l1_offset, header.l1_entries * ENTRY_SIZE, "the L1 table"
     yield header.refcount_table_offset, length, "the refcount table"

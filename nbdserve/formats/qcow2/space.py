@@ -33,6 +33,8 @@ class HostSpace:
 
     Attributes:
         file: the file.
+        guest_file: the same, as the guest's data is read and written through it: what decrypts and encrypts, if that
+            is encrypted.
         geometry: the image's cluster size.
         end: the file's length in bytes. While the image is being written, whole clusters.
         full_end: where the last cluster ends that the file holds to its end, in bytes.
@@ -40,7 +42,7 @@ class HostSpace:
     """
 
     def __init__(self, file: HostFile, geometry: Geometry) -> None:
-        self.file = file
+        self.file = self.guest_file = file
         self.geometry = geometry
         self.end = self.fresh_from = file.size
         self.full_end = self.end & ~(geometry.cluster_size - 1)
