@@ -125,6 +125,7 @@ class Content:
     def give_back(self, physical: int, blocks: int) -> None:
         """Mark blocks as free."""
         self._lib.ext2fs_block_alloc_stats_range(self._engine.fs, physical, blocks, -1)
+        self._engine.park(physical, blocks)
 
     @contextmanager
     def native(self, record: Record) -> Iterator[Any]:
