@@ -1,4 +1,4 @@
-"""A mount's process is killed in the middle of writing: fsck repairs what is left, and nothing that was fsynced is lost.
+"""A mount's process is killed in the middle of writing: fsck repairs what is left, nothing that was fsynced is lost.
 
 Files in a qcow2 image are made, changed, moved and fsynced until kill -9 hits, at a moment chosen by chance. Then the
 image has to be sound for qemu-img, the file system is repaired by the tool made for it (through `fusemount --raw`), is

@@ -1,4 +1,4 @@
-"""Everything that is written to a volume is recorded; stopped at any write, fsck repairs it and what was synced is there.
+"""Writing to a volume is stopped at any of its writes: fsck repairs what is left, and what was synced is there.
 
 The sharper brother of killed-mount, without processes and mounts: each round is one story, and some of its writes.
 """
@@ -26,9 +26,8 @@ def play(this: Round) -> None:
     else:
         kind, repaired = "ext4", test_ext_crash.repaired
         empty = mkfs(this.folder / "empty", "4M", *_EXT[this.kind], "-N", "512").read_bytes()
-    story = tell(
-        kind, empty, this.chosen, steps=this.chosen.choice((20, 60, 150)), beginning=this.chosen.choice((6, 40))
-    )
+    steps, beginning = this.chosen.choice((20, 60, 150)), this.chosen.choice((6, 40))
+    story = tell(kind, empty, this.chosen, steps=steps, beginning=beginning)
     places = stops(story)
     for end in this.chosen.sample(places, min(_STOPS, len(places))):
         (this.folder / "stop").write_text(f"after {end} writes\n")

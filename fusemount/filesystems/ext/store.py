@@ -158,6 +158,7 @@ class Store(ExtFileSystem):
     def add_directory_block(self, directory: Record, block: bytearray) -> int:
         """One more block for a directory; its logical number."""
         logical = directory.size // self._block_size
+        self.content.check_size(directory, directory.size + self._block_size)
         self.content.add_block(directory, logical)
         self.content.set_size(directory, directory.size + self._block_size)
         self.save(directory)
@@ -251,8 +252,9 @@ class Store(ExtFileSystem):
 
     def make_orphan(self, record: Record) -> None:
         """An inode has lost its last name: it goes when nobody knows it any more."""
-        self.names_unknown(record)
-        self.names.forget(record)
+        if record.is_directory:
+            self.names_unknown(record)
+            self.names.forget(record)
         record.dtime = self._orphans[-1] if self._orphans else 0
         self.save(record)
         self._orphans.append(record.number)
