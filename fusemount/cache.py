@@ -5,6 +5,9 @@ device below, and a line that could not be written stays dirty. A read never sho
 whichever way it goes: small requests live in lines of LINE bytes, large ones go straight to the device and are made to
 agree with the lines.
 
+What is written may reach the device in another order. An engine that counts on an order, because a process may be
+killed between two writes, either asks for its own (in_order) or tells what has to come first (early).
+
 A read while `nowait` is set never waits for the disk: it is answered from the lines or the host's page cache, or raises
 BlockingIOError with nothing changed.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nbdserve.block.device import BlockDevice
@@ -28,6 +31,9 @@ _READ_AHEAD = 8  # lines; a miss brings what is missing up to the next multiple 
 _LARGE = 64 << 10  # bytes; from here on a request is no metadata, and would push the metadata out
 _LONGEST_WRITE = 1 << 20
 
+Early = Callable[[Sequence[int]], Sequence[tuple[int, int]]]
+"""Given the numbers of the dirty lines: the ranges (offset, length) in them that are to be written first, in order."""
+
 
 class WriteBackCache(BlockDevice):
     """The device `below`, with its small requests answered from memory.
@@ -35,13 +41,19 @@ class WriteBackCache(BlockDevice):
     Attributes:
         nowait: whether reads raise BlockingIOError rather than wait for the disk; see without_waiting().
         failed: whether the device below has ever refused a write, so that a change may have been left half done.
+        early: what write_back() writes before all else.
+
+    Args:
+        in_order: hand on every write at once; only reads are saved then.
     """
 
-    def __init__(self, below: BlockDevice, *, capacity: int = 32 << 20) -> None:
+    def __init__(self, below: BlockDevice, *, capacity: int = 32 << 20, in_order: bool = False) -> None:
         super().__init__(below.size, read_only=below.read_only, pins=below.pins)
         self.below = below
         self.nowait = False
         self.failed = False
+        self.early: Early | None = None
+        self._in_order = in_order
         self._most_lines = max(capacity // LINE, 2 * _READ_AHEAD)
         self._lines: OrderedDict[int, bytearray] = OrderedDict()
         self._dirty: set[int] = set()
@@ -99,7 +111,7 @@ class WriteBackCache(BlockDevice):
                 self._patch(offset + head + whole, view[head + whole :])
             else:
                 self._patch(offset, view)
-            if len(self._dirty) > self._most_lines // 2:
+            if self._in_order or len(self._dirty) > self._most_lines // 2:
                 self.write_back()
 
     def write_nowait(self, offset: int, data: ReadBuffer) -> bool:
@@ -123,6 +135,9 @@ class WriteBackCache(BlockDevice):
     def write_back(self) -> None:
         """Hand all dirty lines to the device below, neighbours in one request; does not flush it."""
         with self._lock:
+            if self.early is not None:
+                for offset, length in self.early(sorted(self._dirty)):
+                    self._write_part(offset, length)
             run: list[int] = []
             for index in sorted(self._dirty):
                 if run and (index != run[-1] + 1 or len(run) * LINE >= _LONGEST_WRITE):
@@ -216,6 +231,15 @@ class WriteBackCache(BlockDevice):
         if run:
             self._write_below(run[0] * LINE, b"".join([self._lines[index] for index in run]))
             self._dirty.difference_update(run)
+
+    def _write_part(self, offset: int, length: int) -> None:
+        """Write a range that lies in dirty lines; those that it covers are clean then."""
+        first, end = offset // LINE, -(-(offset + length) // LINE)
+        content = b"".join([self._lines[index] for index in range(first, end)])
+        start = offset - first * LINE
+        self._write_below(offset, content[start : start + length])
+        whole = range(-(-offset // LINE), (offset + length) // LINE)
+        self._dirty.difference_update(whole)
 
     def _write_below(self, offset: int, data: ReadBuffer) -> None:
         try:

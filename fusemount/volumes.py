@@ -20,7 +20,10 @@ from nbdserve.partitions import Partition, PartitionTable, TableKind, read_parti
 Warn = Callable[[str], None]
 
 _WITH_CACHE = frozenset(("ext2", "ext3", "ext4"))
-"""Kinds whose adapter has a cache of its own, because what it caches is not what lies on the device."""
+"""Kinds whose adapter has a cache of its own, because what it caches is not what lies on the device.
+
+The engines of the others put their writes into an order in which a process may be killed, so their cache keeps it.
+"""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,6 @@ def open_volume(volume: Volume, *, writable: bool) -> Opened:
     if volume.kind in _WITH_CACHE:
         fs = module.open_filesystem(volume.device, writable=writable)
         return Opened(fs, fs.cache, None)
-    cache = WriteBackCache(volume.device)
+    cache = WriteBackCache(volume.device, in_order=True)
     cache.read_only = not writable
     return Opened(module.open_filesystem(cache, writable=writable), cache, cache)

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 COMMAND = (sys.executable, "-m", "fusemount")
 NOBODY = 65534
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-SECONDS = 60.0
+SECONDS = 300.0
 
 FAILS = 'fails() { if "$@" 2> /dev/null; then echo "succeeded: $*" >&2; exit 1; fi; }\n'
 """A function for shell scripts: what `!` is not under `sh -e`."""

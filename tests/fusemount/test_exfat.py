@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,36 +12,13 @@ import pytest
 from fusemount.filesystems import exfat
 from nbdserve.block import MemoryDevice
 from nbdserve.errors import FormatError, OpenError
-from tests.fusemount.mutated import survives
+from tests.fusemount.small_images import exfat_mounted, new_exfat
 from tests.fusemount.trees import Tree, device_of, host_tree_of, tree_of, without_owners
 
 pytestmark = [
     pytest.mark.needs("mkfs.exfat", "mount.exfat-fuse", "losetup"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may set up a loop device"),
 ]
-
-
-def make_exfat(path: Path, size: int, *options: str) -> Path:
-    path.touch()
-    os.truncate(path, size)
-    subprocess.run(["mkfs.exfat", *options, path], check=True, capture_output=True)
-    return path
-
-
-@contextmanager
-def mounted(image: Path, mountpoint: Path, *options: str) -> Iterator[Path]:
-    """The volume as exfat-fuse shows it, which root can only give a block device."""
-    mountpoint.mkdir(exist_ok=True)
-    attach = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True)
-    device = attach.stdout.strip()
-    try:
-        subprocess.run(["mount.exfat-fuse", *options, device, mountpoint], check=True, capture_output=True)
-        try:
-            yield mountpoint
-        finally:
-            subprocess.run(["umount", mountpoint], check=True)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def fill(root: Path) -> None:
@@ -77,8 +51,8 @@ def comparable(tree: Tree) -> Tree:
 
 @pytest.mark.parametrize("options", [(), ("-c", "512"), ("-c", "32K")], ids=" ".join)
 def test_shows_what_exfat_fuse_shows(tmp_path: Path, options: tuple[str, ...]) -> None:
-    image = make_exfat(tmp_path / "image", 64 << 20, *options)
-    with mounted(image, tmp_path / "mnt") as root:
+    image = new_exfat(tmp_path / "image", 64 << 20, *options)
+    with exfat_mounted(image, tmp_path / "mnt") as root:
         fill(root)
     with device_of(image) as device:
         assert exfat.examine(device).readable and not exfat.examine(device).dirty
@@ -90,15 +64,15 @@ def test_shows_what_exfat_fuse_shows(tmp_path: Path, options: tuple[str, ...]) -
         )
         with pytest.raises(FileNotFoundError):
             filesystem.lookup(deep, "Grösse".encode())
-    with mounted(image, tmp_path / "mnt", "-o", "ro") as root:
+    with exfat_mounted(image, tmp_path / "mnt", "-o", "ro") as root:
         assert comparable(ours) == comparable(host_tree_of(root))
         assert os.statvfs(root).f_bfree == space.free_blocks
     assert {stat.S_IMODE(facts.mode) for facts in ours.values()} == {0o755}
 
 
 def test_a_volume_in_use_is_read_with_a_remark(tmp_path: Path) -> None:
-    image = make_exfat(tmp_path / "image", 16 << 20)
-    with mounted(image, tmp_path / "mnt") as root:
+    image = new_exfat(tmp_path / "image", 16 << 20)
+    with exfat_mounted(image, tmp_path / "mnt") as root:
         (root / "file").write_text("content")
         os.sync()
         content = bytearray(image.read_bytes())
@@ -107,7 +81,7 @@ def test_a_volume_in_use_is_read_with_a_remark(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    content = bytearray(make_exfat(tmp_path / "image", 16 << 20).read_bytes())
+    content = bytearray(new_exfat(tmp_path / "image", 16 << 20).read_bytes())
     with pytest.raises(OpenError, match="only read"):
         exfat.open_filesystem(MemoryDevice(content), writable=True)
     with pytest.raises(FormatError, match="cut off"):
@@ -116,16 +90,3 @@ def test_what_is_refused(tmp_path: Path) -> None:
     condition = exfat.examine(MemoryDevice(content))
     assert not condition.readable and "boot sector is damaged" in condition.remark
     assert "right partition" in exfat.examine(MemoryDevice(bytearray(4096))).remark
-
-
-def test_mutated_images(tmp_path: Path) -> None:
-    image = make_exfat(tmp_path / "image", 4 << 20, "-c", "512")
-    with mounted(image, tmp_path / "mnt") as root:
-        (root / "a/b/c").mkdir(parents=True)
-        for number in range(60):
-            (root / "a" / f"file number {number}").write_text(str(number))
-        with (root / "one").open("wb", buffering=0) as one, (root / "two").open("wb", buffering=0) as two:
-            for _ in range(50):
-                one.write(b"1" * 512)
-                two.write(b"2" * 512)
-    survives("fusemount.filesystems.exfat", image, 60)

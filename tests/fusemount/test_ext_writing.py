@@ -239,3 +239,15 @@ def test_while_it_is_written_it_counts_as_not_unmounted(tmp_path: Path) -> None:
     fs.close()
     assert "not clean" not in run("dumpe2fs", "-h", image)
     assert_same(kernel_tree(image), expected)
+
+
+@pytest.mark.needs(*TOOLS)
+def test_removing_a_tebibyte_without_content_takes_no_time(tmp_path: Path) -> None:
+    fs = opened(mkfs(tmp_path / "image", "8M"))
+    inode = fs.create(fs.root, b"sparse", REGULAR, 0, 0)
+    fs.truncate(inode, 1 << 40)
+    begun = time.process_time()
+    fs.unlink(fs.root, b"sparse")
+    fs.forget(inode)
+    fs.close()
+    assert time.process_time() - begun < 5

@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import stat
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from fusemount.filesystems.base import FileSystem, Inode
+from fusemount.filesystems.base import FileSystem
 from fusemount.filesystems.fat import examine, open_filesystem
 from nbdserve.block import MemoryDevice
 from nbdserve.errors import FormatError, OpenError, Unsupported
-from tests.fusemount.fat_images import FAT12, FAT16, FAT32, MIB, Shape, fsck
+from tests.fusemount.fat_images import FAT12, FAT16, FAT32, Shape, fsck
 from tests.fusemount.model import pattern
+from tests.fusemount.small_images import make_fat
 from tests.reference import needs
 
 pytestmark = needs("mkfs.fat", "fsck.vfat")
-MUTATIONS = int(os.environ.get("FUZZ_ROUNDS", "60"))
 
 
 def filled(shape: Shape, directory: Path) -> bytearray:
     """A volume with some files on it, cleanly unmounted."""
-    device = MemoryDevice(bytearray(shape.make(directory).read_bytes()))
-    fs = open_filesystem(device, writable=True)
-    for i in range(3):
-        sub = fs.make_directory(fs.root, b"directory %d" % i, 0o755, 0, 0)
-        fs.make_directory(sub, b"below", 0o755, 0, 0)
-        for j in range(12):
-            file = fs.create(sub, b"a file with a long name %d" % j, stat.S_IFREG | 0o644, 0, 0)
-            fs.write(file, 0, pattern(i, j * 3000))
-    fs.close()
-    return device.content
+    return bytearray(make_fat(directory / "filled", shape).read_bytes())
 
 
 # The boot sector
@@ -188,57 +176,6 @@ def test_what_lies_behind_the_end_of_a_directory_stays_dead(tmp_path: Path) -> N
 
 
 # Anything at all
-
-
-def exercise(fs: FileSystem) -> None:
-    """Look at everything, and change some of it; any OSError will do."""
-    waiting, seen = [fs.root], set[Inode]()
-    while waiting and len(seen) < 500:
-        inode = waiting.pop()
-        if inode in seen:
-            continue
-        seen.add(inode)
-        acts: list[Callable[[], object]] = [
-            lambda inode=inode: fs.attributes(inode),
-            lambda inode=inode: fs.read(inode, 0, 1 << 20),
-            lambda inode=inode: fs.read(inode, (1 << 32) - 5000, 1 << 20),
-            lambda inode=inode: waiting.extend(fs.lookup(inode, entry.name) for entry in fs.entries(inode)),
-        ]
-        if not fs.read_only and len(seen) % 3 == 0:
-            acts += [
-                lambda inode=inode: fs.write(inode, 5000, b"x" * 3000),
-                lambda inode=inode: fs.truncate(inode, 3000),
-                lambda inode=inode: fs.create(inode, b"new", stat.S_IFREG | 0o644, 0, 0),
-                lambda inode=inode: fs.rename(inode, b"new", fs.root, b"moved %d" % inode),
-                lambda inode=inode: fs.rename(inode, b"below", fs.root, b"moved %d" % inode),
-                lambda inode=inode: fs.remove_directory(fs.root, b"moved %d" % inode),
-                lambda inode=inode: fs.unlink(fs.root, b"moved %d" % inode),
-            ]
-        for act in acts:
-            with suppress(OSError):
-                act()
-    for act in (fs.space, fs.sync, fs.close):
-        with suppress(OSError):
-            act()
-
-
-@pytest.mark.parametrize("shape", [FAT12, FAT16, Shape(32, 512, 1, 3 * MIB)], ids=str)
-def test_mutated_volumes(tmp_path: Path, shape: Shape) -> None:
-    good = filled(shape, tmp_path)
-    fs = open_filesystem(MemoryDevice(bytearray(good)), writable=False)
-    metadata = fs.volume.geometry.data_offset + 60_000
-    used = [at for at in range(metadata) if good[at]]
-    chosen = random.Random(str(shape))
-    for _ in range(MUTATIONS // 3):
-        content = bytearray(good)
-        for _ in range(chosen.choice([1, 3, 30])):
-            at = chosen.choice(used) if chosen.random() < 0.7 else chosen.randrange(90)
-            content[at] = chosen.choice([0, 1, 0x0F, 0x10, 0xE5, 0xFF, content[at] ^ 1 << chosen.randrange(8)])
-        if chosen.random() < 0.1:
-            del content[chosen.randrange(len(content)) :]
-        for writable in (False, True):
-            with suppress(OpenError):
-                exercise(open_filesystem(MemoryDevice(bytearray(content)), writable=writable))
 
 
 def test_fsck_finds_what_a_crash_left_and_no_more(tmp_path: Path) -> None:

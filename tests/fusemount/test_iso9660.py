@@ -13,7 +13,6 @@ import pytest
 from fusemount.filesystems import iso9660
 from nbdserve.block import MemoryDevice
 from nbdserve.errors import FormatError, OpenError
-from tests.fusemount.mutated import survives
 from tests.fusemount.trees import Facts, Tree, device_of, facts_of, host_tree_of, tree_of
 
 GENISOIMAGE = ("genisoimage", "-quiet", "-o")
@@ -170,15 +169,3 @@ def test_what_is_refused(tmp_path: Path, source: Path) -> None:
     assert not iso9660.examine(nothing).readable
     with pytest.raises(FormatError, match="no primary volume descriptor"):
         iso9660.open_filesystem(nothing, writable=False)
-
-
-@pytest.mark.needs("genisoimage", "xorriso")
-@pytest.mark.parametrize("command", [(*GENISOIMAGE[:2], "-R", "-o"), (*XORRISO[:4], "-R", "-J", "-o")], ids=" ".join)
-def test_mutated_images(tmp_path: Path, command: tuple[str, ...]) -> None:
-    source = tmp_path / "source"
-    (source / "a/b/c/d/e/f/g/h/i").mkdir(parents=True)
-    for number in range(40):
-        (source / f"file number {number}").write_text(str(number))
-    os.symlink("/".join(letter * 9 for letter in "abcdefghijklmnopqrstuvwxyz"), source / "link")
-    os.mkfifo(source / "fifo")
-    survives("fusemount.filesystems.iso9660", make_iso(tmp_path / "iso", source, *command), 60)

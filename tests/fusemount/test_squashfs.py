@@ -15,7 +15,6 @@ import pytest
 from fusemount.filesystems import squashfs
 from nbdserve.block import MemoryDevice
 from nbdserve.errors import FormatError, OpenError, Unsupported
-from tests.fusemount.mutated import survives
 from tests.fusemount.trees import Tree, device_of, host_tree_of, tree_of
 
 pytestmark = pytest.mark.needs("mksquashfs", "mount")
@@ -143,16 +142,3 @@ def test_what_is_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(Unsupported, match="version"):
         squashfs.open_filesystem(MemoryDevice(content), writable=False)
     assert "superblock" in squashfs.examine(MemoryDevice(bytearray(4096))).remark
-
-
-@pytest.mark.parametrize("options", [(), ("-noI", "-noD", "-noF", "-noX", "-noId")], ids=" ".join)
-def test_mutated_images(tmp_path: Path, options: tuple[str, ...]) -> None:
-    source = tmp_path / "source"
-    (source / "a/b/c").mkdir(parents=True)
-    for number in range(60):
-        (source / f"file number {number}").write_text(str(number) * 50)
-    (source / "large").write_bytes(b"".join(b"%d" % number for number in range(4000)))
-    os.setxattr(source / "large", "user.name", b"value" * 20)
-    os.symlink("file number 3", source / "link")
-    os.mkfifo(source / "fifo")
-    survives("fusemount.filesystems.squashfs", pack(source, tmp_path / "image", "-b", "4K", *options), 60)

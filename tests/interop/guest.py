@@ -26,6 +26,9 @@ GUEST_DONE = "guest: all is written, powering off"
 BOOT_SECONDS = 90.0
 """A boot takes a few seconds on an idle machine; a guest that has not powered off by now is stuck."""
 
+APPLETS = ("sh", "mount", "cp", "sync", "cmp", "rm", "fstrim", "poweroff", "cat", "sha256sum", "stat")
+"""What the guest has of busybox once it runs from its disk."""
+
 DISK_MODULES = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 _DECOMPRESSORS = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 
@@ -119,18 +122,22 @@ def build_initrd(path: Path, kernel: Kernel, *, init: str = BOOT_DISK, modules: 
     path.write_bytes(b"".join(_cpio_entries(files)))
 
 
-def build_root_disk(path: Path, *, size_mib: int = 64) -> None:
-    """Write a raw image of a bare ext4 file system whose /sbin/init is described at the top of this file."""
+def build_root_disk(path: Path, *, size_mib: int = 64, init: str = _DISK_INIT) -> None:
+    """Write a raw image of a bare ext4 file system whose /sbin/init is described at the top of this file, or another.
+
+    Args:
+        init: a script for the shell; it has `APPLETS` in /bin, and has to end as the usual one does.
+    """
     tree = path.with_suffix(".tree")
-    for directory in ("bin", "dev", "proc", "sbin"):
+    for directory in ("bin", "dev", "proc", "sbin", "root/tmp"):
         (tree / directory).mkdir(parents=True)
     shutil.copy(busybox(), tree / "bin/busybox")
-    for applet in ("sh", "mount", "cp", "sync", "cmp", "rm", "fstrim", "poweroff"):
+    for applet in APPLETS:
         (tree / "bin" / applet).symlink_to("busybox")
     (tree / "litter").write_bytes(b"to be discarded\n" * (4 << 16))
-    init = tree / "sbin/init"
-    init.write_text(_DISK_INIT)
-    init.chmod(0o755)
+    program = tree / "sbin/init"
+    program.write_text(init)
+    program.chmod(0o755)
     _run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", str(tree), str(path), f"{size_mib}M")
     shutil.rmtree(tree)
 

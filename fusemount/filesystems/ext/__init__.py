@@ -13,6 +13,7 @@
     content       the blocks of files, changed
     htree         the hash index of directories, changed
     names         directories, changed
+    order         which changes reach the device before others
     store         inodes, orphans and the state of the whole, kept right while it is changed
     writing       the operations on top of that
 

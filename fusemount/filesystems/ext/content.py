@@ -52,7 +52,7 @@ class Content:
         """Put bytes into a file and set its size; the caller saves the inode."""
         view = memoryview(data).cast("B")
         end = offset + len(view)
-        self._check_size(record, end)
+        self.check_size(record, end)
         if offset > record.size:
             self._zero_tail(record)
         size = self._block_size
@@ -72,7 +72,7 @@ class Content:
 
     def truncate(self, record: Record, size: int) -> None:
         """Cut a file or let it grow; the caller saves the inode."""
-        self._check_size(record, size)
+        self.check_size(record, size)
         if size < record.size:
             self.free(record, -(-size // self._block_size))
             self.set_size(record, size)
@@ -125,6 +125,7 @@ class Content:
     def give_back(self, physical: int, blocks: int) -> None:
         """Mark blocks as free."""
         self._lib.ext2fs_block_alloc_stats_range(self._engine.fs, physical, blocks, -1)
+        self._engine.park(physical, blocks)
 
     @contextmanager
     def native(self, record: Record) -> Iterator[Any]:
@@ -173,7 +174,8 @@ class Content:
                 if not run.unwritten:
                     self._fs.cache.write(run.physical * size + within, bytes(size - within))
 
-    def _check_size(self, record: Record, size: int) -> None:
+    def check_size(self, record: Record, size: int) -> None:
+        """Whether a map can reach so far; raises EFBIG."""
         if record.flags & Flag.EXTENTS:
             most = (MAX_LOGICAL - 1) * self._block_size
         else:
@@ -240,8 +242,9 @@ class Content:
             raise
 
     def _count(self, record: Record, blocks: int) -> None:
-        """Add blocks to an inode's i_blocks."""
-        record.sectors += blocks if record.flags & Flag.HUGE_FILE else blocks * self._block_size // 512
+        """Add blocks to an inode's i_blocks, which in a damaged file may be fewer than those that are taken away."""
+        added = blocks if record.flags & Flag.HUGE_FILE else blocks * self._block_size // 512
+        record.sectors = max(0, record.sectors + added)
         if record.sectors >= 1 << (48 if self._super.has(ReadOnlyCompat.HUGE_FILE) else 32):
             raise error(errno.EFBIG)
 

@@ -306,9 +306,10 @@ class Journal:
 
     def _place(self, position: int) -> int:
         """Where a block of the journal lies on the device, in bytes."""
-        run = self._runs[bisect_right(self._runs, position, key=lambda run: run.logical) - 1]
-        if not run.logical <= position < run.end:
+        index = bisect_right(self._runs, position, key=lambda run: run.logical) - 1
+        if index < 0 or position >= self._runs[index].end:
             raise Damaged("has a hole")
+        run = self._runs[index]
         return (run.physical + position - run.logical) * self._block_size
 
     def _owns(self, block: int) -> bool:

@@ -107,6 +107,10 @@ uint64_t ext2fs_find_inode_goal(ext2_filsys, uint32_t, void *, uint64_t);
 errcode_t ext2fs_new_range(ext2_filsys, int, uint64_t, uint64_t, void *, uint64_t *, uint64_t *);
 void ext2fs_block_alloc_stats_range(ext2_filsys, uint64_t, uint32_t, int);
 int ext2fs_test_block_bitmap_range2(void *, uint64_t, unsigned int);
+void ext2fs_mark_block_bitmap_range2(void *, uint64_t, unsigned int);
+void ext2fs_unmark_block_bitmap_range2(void *, uint64_t, unsigned int);
+void ext2fs_set_block_alloc_stats_callback(
+    ext2_filsys, void (*)(ext2_filsys, uint64_t, int), void (**)(ext2_filsys, uint64_t, int));
 errcode_t ext2fs_punch(ext2_filsys, uint32_t, void *, char *, uint64_t, uint64_t);
 
 errcode_t ext2fs_extent_open2(ext2_filsys, uint32_t, void *, ext2_extent_handle_t *);
@@ -177,6 +181,7 @@ class Engine:
     Attributes:
         lib, fs: the library and its handle, for calls; check() what they return.
         failed: whether the device has ever failed the library.
+        parked: ranges of blocks that are free, but not used again before flush(): see order.
     """
 
     def __init__(self, device: BlockDevice, block_size: int, groups: int) -> None:
@@ -188,6 +193,7 @@ class Engine:
         self._device = device
         self._failure: BaseException | None = None
         self.failed = False
+        self.parked: list[tuple[int, int]] = []
         self._channel = self.ffi.new("struct struct_io_channel *")
         self._name = self.ffi.new("char[]", b"fusemount")
         self._manager = self._make_manager()
@@ -217,6 +223,19 @@ class Engine:
             if not self.lib.ext2fs_group_desc_csum_verify(self.fs, group):
                 raise FormatError("the checksum of an ext group descriptor is wrong; run e2fsck on it to write")
         self.check(self.lib.ext2fs_read_bitmaps(self.fs))
+        freed = self.ffi.callback("void(ext2_filsys, uint64_t, int)", self._block_freed)
+        self._callbacks["block_alloc_stats"] = freed
+        self.lib.ext2fs_set_block_alloc_stats_callback(self.fs, freed, self.ffi.NULL)
+
+    def _block_freed(self, _: Any, block: int, in_use: int) -> None:
+        """The library has changed the state of one block."""
+        if in_use < 0:
+            self.park(block, 1)
+
+    def park(self, block: int, count: int) -> None:
+        """Blocks that were just freed: counted as free, but not to be found by who looks for free ones."""
+        self.lib.ext2fs_mark_block_bitmap_range2(self.fs.block_map, block, count)
+        self.parked.append((block, count))
 
     def check(self, code: int) -> None:
         """Raise what a callback raised since the last check, or the OSError for an error code that is not 0."""
@@ -236,7 +255,13 @@ class Engine:
         self.lib.ext2fs_mark_super_dirty(self.fs)
 
     def flush(self) -> None:
-        """Write bitmaps, group descriptors and superblock to the device, which is not flushed."""
+        """Write bitmaps, group descriptors and superblock to the device, which is not flushed.
+
+        Parked blocks are free from then on.
+        """
+        for block, count in self.parked:
+            self.lib.ext2fs_unmark_block_bitmap_range2(self.fs.block_map, block, count)
+        self.parked.clear()
         self.check(self.lib.ext2fs_flush2(self.fs, 1))
 
     def free(self) -> None:

@@ -177,8 +177,8 @@ class DirectoryWriter:
         """The directory is gone."""
         self.index.forget(directory)
         self._first_with_room.pop(directory.number, None)
-        for logical in range(directory.size // self._size):
-            self.rewritten(directory, logical)
+        for place in [place for place in self._places if place[0] == directory.number]:
+            del self._places[place]
 
     def _may_hold(self, directory: Record, name: bytes) -> Iterator[int]:
         if self.is_indexed(directory) and name != b"..":

@@ -3,7 +3,8 @@
 What it keeps:
 
 - We write without the journal, so the journal is empty before the first change, and as long as the file system is open
-  for writing its superblock says that it was not unmounted: after a crash e2fsck puts it right.
+  for writing its superblock says that it was not unmounted: after a crash e2fsck puts it right. That it can do so
+  without loss is what the order of writes is for; see order.
 - An inode is on disk (in the cache above the device) as soon as it was saved, by libext2fs, so that both see the same.
   Bitmaps and counts live in the library until sync().
 - An inode without a name stays allocated, in the superblock's list of orphans, until it is neither held nor known to
@@ -25,12 +26,14 @@ from fusemount.filesystems.ext.directories import Found
 from fusemount.filesystems.ext.inodes import Flag, Record, clamp_time
 from fusemount.filesystems.ext.library import Engine
 from fusemount.filesystems.ext.names import DirectoryWriter
+from fusemount.filesystems.ext.order import WriteOrder
 from fusemount.filesystems.ext.reading import ExtFileSystem
 from fusemount.filesystems.ext.superblock import Incompat, ReadOnlyCompat, State, Superblock
 from nbdserve.block.file import ReadBuffer
 
 _STATE, _ORPHANS, _FREE_BLOCKS, _FREE_BLOCKS_HIGH, _FREE_INODES = 0x3A, 0xE8, 0x0C, 0x158, 0x10
 _FEATURE_EXT_ATTR = 0x8
+_RESERVE = 128  # blocks that the largest change but for content may need
 
 
 class Store(ExtFileSystem):
@@ -55,6 +58,7 @@ class Store(ExtFileSystem):
         self._closed = False
         self._count_free()
         self._set_state(self._state & ~State.VALID)
+        cache.early = WriteOrder(cache.below, superblock, self.places_of_group)
         self.sync()
         self._finish_orphans()
 
@@ -154,6 +158,7 @@ class Store(ExtFileSystem):
     def add_directory_block(self, directory: Record, block: bytearray) -> int:
         """One more block for a directory; its logical number."""
         logical = directory.size // self._block_size
+        self.content.check_size(directory, directory.size + self._block_size)
         self.content.add_block(directory, logical)
         self.content.set_size(directory, directory.size + self._block_size)
         self.save(directory)
@@ -247,8 +252,9 @@ class Store(ExtFileSystem):
 
     def make_orphan(self, record: Record) -> None:
         """An inode has lost its last name: it goes when nobody knows it any more."""
-        self.names_unknown(record)
-        self.names.forget(record)
+        if record.is_directory:
+            self.names_unknown(record)
+            self.names.forget(record)
         record.dtime = self._orphans[-1] if self._orphans else 0
         self.save(record)
         self._orphans.append(record.number)
@@ -351,6 +357,17 @@ class Store(ExtFileSystem):
         if self.superblock.has(Incompat.BIT64):
             raw[_FREE_BLOCKS_HIGH : _FREE_BLOCKS_HIGH + 4] = struct.pack("<I", blocks >> 32)
         raw[_FREE_INODES : _FREE_INODES + 4] = struct.pack("<I", inodes)
+
+    def settle(self) -> None:
+        """What has been changed so far is on the device before what follows, should the process be killed."""
+        self.cache.write_back()
+
+    def make_room(self, length: int) -> None:
+        """To be called before so many bytes, or what it takes to make a file, are written: lets parked blocks go."""
+        if self.engine.parked:
+            free = self.free_counts()[0] - sum(count for _, count in self.engine.parked)
+            if free < length // self._block_size + _RESERVE:
+                self.sync()
 
     def sync(self) -> None:
         self.engine.flush()

@@ -142,6 +142,7 @@ class WritableExtFileSystem(Store):
 
     def _parent(self, directory: Inode, name: bytes) -> Record:
         """The directory in which a name is to be made, which it may not hold yet."""
+        self.make_room(0)
         parent = self._directory(directory)
         if not directories.is_shown(name):
             raise error(errno.EEXIST if name in (b".", b"..") else errno.EINVAL)
@@ -275,6 +276,7 @@ class WritableExtFileSystem(Store):
     def rename(
         self, directory: Inode, name: bytes, new_directory: Inode, new_name: bytes, *, replace: bool = True
     ) -> None:
+        self.make_room(0)
         parent, record = self._entry(directory, name)
         new_parent = parent if new_directory == directory else self._directory(new_directory)
         if not directories.is_shown(new_name):
@@ -294,6 +296,7 @@ class WritableExtFileSystem(Store):
             if moved and new_parent.links >= _MOST_LINKS and not self._may_have_many_links(new_parent):
                 raise error(errno.EMLINK)
             self._add_name(new_parent, new_name, record)
+            self.settle()
         else:
             self._replace(new_parent, new_name, self._named(found[0]), record)
         self._remove_name(parent, name)
@@ -316,6 +319,7 @@ class WritableExtFileSystem(Store):
             self.expand_directory(directory)
         self.names.point(directory, name, record.number, stat.S_IFMT(record.mode))
         self.touch(directory, content=True)
+        self.settle()
         if target.is_directory:
             self._lose_directory(directory, target)
         else:
@@ -348,6 +352,7 @@ class WritableExtFileSystem(Store):
         record = self._file(inode)
         if not len(data):
             return
+        self.make_room(len(data))
         try:
             if record.has_inline_data:
                 self.expand_file(record)
@@ -411,6 +416,7 @@ class WritableExtFileSystem(Store):
         self.change_attribute(record, xattrs.ACCESS_ACL, changed)
 
     def set_xattr(self, inode: Inode, name: bytes, value: bytes, flags: int = 0) -> None:
+        self.make_room(len(value))
         record = self.record(inode)
         self.check_mutable(record)
         if not xattrs.is_settable(name) or b"\0" in name:
