@@ -8,6 +8,7 @@
     vdi      VirtualBox's disk images: dynamic, static and differencing
     vmdk     VMware's disks: sparse, flat, split and stream-optimized
     entries  entries of tables, written back in rows
+    record   headers and the like, described field by field
     newfile  files that appear under their names only when they are complete
 
 A format never opens another file by itself: references go through the `open_reference` and `open_file` it is given.
