@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, Unsupported
 from nbdserve.formats import OpenOptions
-from nbdserve.formats.qcow2.bitmaps import Bitmap, BitmapTracker, bitmap_places, read_bitmaps
 from nbdserve.formats.qcow2.compression import CompressedClusters, inflater
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE, read_table
 from nbdserve.formats.qcow2.header import AUTOCLEAR_FIELD, Autoclear, Encryption, Header, Incompatible
@@ -20,9 +20,10 @@ from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.snapshot_table import find_snapshot, read_snapshots
 from nbdserve.formats.qcow2.space import HostSpace
-from nbdserve.formats.qcow2.subclusters import SubclusterImage
-from nbdserve.formats.qcow2.writable import WritableQcow2Image
-from nbdserve.formats.qcow2.writable_subclusters import WritableSubclusterImage
+
+if TYPE_CHECKING:
+    from nbdserve.formats.qcow2.bitmaps import Bitmap, BitmapTracker
+    from nbdserve.formats.qcow2.writable import WritableQcow2Image
 
 
 def open_qcow2(file: HostFile, options: OpenOptions) -> Qcow2Image:
@@ -52,7 +53,7 @@ def _open_to_read(file: HostFile, header: Header, options: OpenOptions) -> Qcow2
         size, l1_offset, l1_entries = snapshot.size, snapshot.l1_offset, snapshot.l1_entries
     space = HostSpace(file, header.geometry)
     mapping = Mapping(space, read_table(file, l1_offset, l1_entries), l1_offset, writable=False)
-    kind = Qcow2Image if header.geometry.words == 1 else SubclusterImage
+    kind = Qcow2Image if header.geometry.words == 1 else _subcluster_image()
     with ExitStack() as opened:
         data, backing = _open_others(file, header, options, space, opened)
         image = kind(size, space, mapping, _compressed(file, header), backing, data)
@@ -66,7 +67,7 @@ def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow
     tracker, bitmaps = _bitmaps(file, header)
     space.claim(_tables(file, header, l1, bitmaps))
     mapping = Mapping(space, l1, header.l1_offset, writable=True)
-    kind = WritableQcow2Image if header.geometry.words == 1 else WritableSubclusterImage
+    kind = _writable_image() if header.geometry.words == 1 else _writable_subcluster_image()
     with ExitStack() as opened:
         data, backing = _open_others(file, header, options, space, opened)
         kept = header.autoclear & (Autoclear.RAW_DATA if header.geometry.is_external else 0)
@@ -85,12 +86,37 @@ def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow
 
 def _bitmaps(file: HostFile, header: Header) -> tuple[BitmapTracker | None, list[Bitmap]]:
     """What keeps bitmaps right, if some are switched on, and all of them; none where they are not understood."""
+    if header.bitmaps is None:
+        return None, []
+    from nbdserve.formats.qcow2.bitmaps import BitmapTracker, read_bitmaps
+
     try:
         bitmaps = read_bitmaps(file, header)
         tracked = any(bitmap.must_track for bitmap in bitmaps)
         return BitmapTracker(file, header, bitmaps) if tracked else None, bitmaps
     except FormatError:
         return None, []
+
+
+# Only what an image needs is loaded: its user waits for that.
+
+
+def _subcluster_image() -> type[Qcow2Image]:
+    from nbdserve.formats.qcow2.subclusters import SubclusterImage
+
+    return SubclusterImage
+
+
+def _writable_image() -> type[WritableQcow2Image]:
+    from nbdserve.formats.qcow2.writable import WritableQcow2Image
+
+    return WritableQcow2Image
+
+
+def _writable_subcluster_image() -> type[WritableQcow2Image]:
+    from nbdserve.formats.qcow2.writable_subclusters import WritableSubclusterImage
+
+    return WritableSubclusterImage
 
 
 def _compressed(file: HostFile, header: Header) -> CompressedClusters:
@@ -141,8 +167,11 @@ def _tables(file: HostFile, header: Header, l1: array[int], bitmaps: list[Bitmap
     if l1:
         yield header.l1_offset, header.l1_entries * ENTRY_SIZE, "the L1 table"
     yield header.refcount_table_offset, length, "the refcount table"
-    for offset, size in bitmap_places(file, header, bitmaps):
-        yield offset, size, "a bitmap"
+    if bitmaps:
+        from nbdserve.formats.qcow2.bitmaps import bitmap_places
+
+        for offset, size in bitmap_places(file, header, bitmaps):
+            yield offset, size, "a bitmap"
     snapshots, directory_size = read_snapshots(file, header)
     if snapshots:
         yield header.snapshots_offset, directory_size, "the snapshot table"
