@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import run
+from nbdserve.cli.common import HelpFormatter, run
 from nbdserve.cli.img.common import Parser, Subparsers
 
 PROGRAM = "nbdimg"
@@ -58,24 +57,26 @@ def module_of(verb: str) -> Any:
     return import_module(f"{__package__}.{verb.replace('-', '_')}")
 
 
-def build_parser(verbs: Iterable[str]) -> Parser:
-    """The command line; of the verbs, only those given are known in detail, and others by name."""
+def build_parser(detailed: Iterable[str]) -> Parser:
+    """The command line of the given verbs, in detail; without any, all verbs are known by name.
+
+    Making a parser takes time, of which the user of one verb wants to wait for none that is not needed.
+    """
     parser = Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     parser.add_argument("--completion", choices=("bash", "zsh"), help="print what makes a shell complete this command")
-    subparsers: Subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    detailed = set(verbs)
-    for verb, summary in VERBS.items():
-        if verb in detailed:
-            module_of(verb).add_parser(subparsers)
-        else:
-            subparsers.add_parser(verb, help=summary, add_help=False)
+    subparsers: Subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog=PROGRAM)
+    chosen = tuple(detailed)
+    for verb in chosen:
+        module_of(verb).add_parser(subparsers)
+    for verb, summary in VERBS.items() if not chosen else ():
+        subparsers.add_parser(verb, help=summary, add_help=False)
     return parser
 
 

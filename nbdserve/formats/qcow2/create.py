@@ -19,6 +19,7 @@ from nbdserve.formats.qcow2.header import (
     FIRST_SIZE,
     FULL_SIZE,
     LAZY_REFCOUNTS,
+    MAGIC,
     MAXIMUM_L1,
     MAXIMUM_REFCOUNT_TABLE,
     SECOND_HEADER,
@@ -105,11 +106,14 @@ class CreateOptions:
                 raise OpenError(f"{name}: {what}")
 
 
-def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions | None = None) -> None:
+def create_image(
+    path: str | os.PathLike[str], size: int, options: CreateOptions | None = None, *, durable: bool = True
+) -> None:
     """Create an image whose disk reads as zeros, or as its backing file. An existing file is never overwritten.
 
     Args:
         size: length of the disk in bytes, rounded up to whole sectors as qemu-img does.
+        durable: bring it to stable storage; False where the caller sees to that.
 
     Raises:
         OpenError: the options contradict each other, or the disk is too large for such clusters.
@@ -123,9 +127,9 @@ def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions
     data_path = None
     if chosen.data_file is not None:
         data_path = os.path.join(os.path.dirname(name), chosen.data_file)
-        _write_new(data_path, b"", size)
+        _write_new(data_path, b"", size, durable=durable)
     try:
-        _write_new(name, content, len(content))
+        _write_new(name, content, len(content), durable=durable)
     except BaseException:
         if data_path is not None:
             os.unlink(data_path)
@@ -138,12 +142,13 @@ def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions
         preallocate(name, data_path, wanted)
 
 
-def _write_new(path: str, content: bytes, length: int) -> None:
+def _write_new(path: str, content: bytes, length: int, *, durable: bool) -> None:
     with open(path, "xb") as file:
         file.write(content)
         file.truncate(length)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Layout:
@@ -198,8 +203,9 @@ class _Layout:
         extensions = self._extensions(options.cluster_size - length - len(backing))
         if len(backing) > _MAXIMUM_NAME or length + len(extensions) + len(backing) > options.cluster_size:
             raise OpenError(f"{self.name}: the names do not fit into the header; use shorter or relative ones")
-        header: bytes = FIRST_HEADER.build(
+        header = FIRST_HEADER.build(
             {
+                "magic": MAGIC,
                 "version": options.version,
                 "backing_file_offset": length + len(extensions) if backing else 0,
                 "backing_file_size": len(backing),
@@ -225,7 +231,7 @@ class _Layout:
             | (options.compression != CompressionType.ZLIB) * Incompatible.COMPRESSION_TYPE
             | options.extended_l2 * Incompatible.EXTENDED_L2
         )
-        built: bytes = SECOND_HEADER.build(
+        return SECOND_HEADER.build(
             {
                 "incompatible_features": incompatible,
                 "compatible_features": options.lazy_refcounts * LAZY_REFCOUNTS,
@@ -234,7 +240,6 @@ class _Layout:
                 "header_length": length,
             }
         )
-        return built
 
     def _extensions(self, room: int) -> bytes:
         options = self.options
