@@ -34,6 +34,7 @@ class BlockDevice(ABC):
         read_only: whether write, zero and discard are refused (ReadOnly).
         preferred_block: bytes; requests of a multiple of this, aligned to it, are cheapest. A power of two.
         zeroes_fast: whether zero() of any length takes about as long as writing a table entry.
+        useful_writers: how many threads may write at once to good effect; few where writes allocate under one lock.
         pins: hold one (see block.pins) from map() or locate() until done with the host bytes they named.
     """
 
@@ -42,6 +43,7 @@ class BlockDevice(ABC):
         self.read_only = read_only
         self.preferred_block = 4096
         self.zeroes_fast = False
+        self.useful_writers = 64
         self.pins = pins or Pins()
 
     @abstractmethod

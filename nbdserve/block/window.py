@@ -17,6 +17,7 @@ class Window(BlockDevice):
         self.start = start
         self.preferred_block = whole.preferred_block
         self.zeroes_fast = whole.zeroes_fast
+        self.useful_writers = whole.useful_writers
 
     def map(self, offset: int, length: int) -> Extent:
         return self.whole.map(self.start + offset, length)

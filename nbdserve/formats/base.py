@@ -62,6 +62,7 @@ class MappedImage(BlockDevice):
         self.cluster_size = cluster_size
         self.backing = backing
         self._allocating = threading.RLock()
+        self.useful_writers = 3  # more would only wait for that lock, and for the interpreter's
 
     # What a format provides. The first two may be called at any time, the others only under the lock; a
     # format that is only read does without those.

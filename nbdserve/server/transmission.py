@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 
 import trio
@@ -29,7 +30,7 @@ from nbdserve.protocol import replies
 from nbdserve.protocol.constants import SIMPLE_REPLY_MAGIC, Command, CommandFlags
 from nbdserve.protocol.messages import Agreement
 from nbdserve.protocol.transmission_server import HEADER, PLAIN_READ, PLAIN_WRITE, RequestReader
-from nbdserve.server.requests import Payload, RequestHandler
+from nbdserve.server.requests import Payload, Reply, RequestHandler
 from nbdserve.server.sending import GATHERED, LARGE_READ, ReplySender
 from nbdserve.server.transport import Transport
 
@@ -37,6 +38,7 @@ _READ, _WRITE, _DISC = int(Command.READ), int(Command.WRITE), int(Command.DISC)
 _DF = int(CommandFlags.DF)
 
 _MAXIMUM_RUNS = 256  # extents of one read that are sent from the loop; their chunk headers fit into the buffer
+_PAGE_MASK = 4095  # what is not whole pages may need old bytes from the disk first
 _INLINE_WRITE = 1 << 20  # larger writes are worth a worker thread, so that others get their turn
 
 _BULK = 32 << 20  # bytes of large reads and writes, after which a look at where the client runs pays
@@ -81,6 +83,10 @@ class Transmission:
         self._waiting = 0
         self._waiting_bytes = 0
         self._room = trio.Event()
+        self._writes: deque[tuple[int, int, int, int, bytes | memoryview]] = (
+            deque()
+        )  # cost, flags, cookie, offset, data
+        self._writers = 0
         self._patience = 0.0
         self._bulk = 0
         self._client_is_quiet = False
@@ -130,7 +136,7 @@ class Transmission:
         receive_nowait, reader, clock = self._transport.receive_nowait, self._reader, time.perf_counter
         now = clock()
         turn_ends = now + _TURN
-        give_up = now + self._patience
+        give_up = now + (0 if self._waiting else self._patience)
         self._client_is_quiet = False
         with self._device.pins.held():
             while now < turn_ends:
@@ -148,7 +154,8 @@ class Transmission:
                 if await self._serve_batch():
                     return True
                 now = clock()
-                give_up = now + self._patience
+                # Whoever looks again and again keeps worker threads from running.
+                give_up = now + (0 if self._waiting else self._patience)
         return False
 
     async def _park(self) -> None:
@@ -187,6 +194,9 @@ class Transmission:
         pack_data, pack_simple = replies.DATA_CHUNK.pack_into, replies.SIMPLE_REPLY.pack_into
         header = replies.DATA_CHUNK.size if structured else replies.SIMPLE_REPLY.size
         head, done = HEADER.size, replies.SIMPLE_REPLY.size
+        locate_writable, pwrite = device.locate_writable, os.pwrite
+        started = time.perf_counter()
+        writes_here = started >= self._writes_wait_until
         while (body := position + head) <= end and filled <= GATHERED:
             kind, cookie, offset, length = unpack(buffer, position)
             if kind == PLAIN_READ:
@@ -210,14 +220,25 @@ class Transmission:
                 position = body
             elif kind == PLAIN_WRITE:
                 behind = body + length
-                if behind > end or not self._write_here(offset, buffer[body:behind]):
+                if behind > end:
                     break
+                place = locate_writable(offset, length) if writes_here and offset + length <= size else None
+                if place is None or (place[1] | length) & _PAGE_MASK or not 0 < length < LARGE_READ:
+                    if not self._write_here(offset, buffer[body:behind]):
+                        break
+                else:
+                    try:
+                        if pwrite(place[0].fd, buffer[body:behind], place[1]) != length:
+                            break
+                    except OSError:  # the worker meets it as well and reports it
+                        break
                 pack_simple(view, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
                 filled += done
                 position = behind
             else:
                 break
         self._reader.skip_to(position)
+        self._note_slowness(started)
         return filled
 
     async def _answer_one(
@@ -237,7 +258,7 @@ class Transmission:
         await self._hand_over(flags, command, cookie, offset, length, payload)
         return 0
 
-    def _write_here(self, offset: int, payload: memoryview) -> bool:
+    def _write_here(self, offset: int, payload: bytes | memoryview) -> bool:
         """Write without leaving the loop if that can be done at once."""
         length = len(payload)
         if offset + length > self._device.size or not 0 < length <= _INLINE_WRITE:
@@ -250,11 +271,15 @@ class Transmission:
                 return False
         except (OSError, NbdserveError):
             return False  # the worker meets the same error and reports it
-        ended = time.perf_counter()
         self._bulk += length if length >= LARGE_READ else 0
+        self._note_slowness(started)
+        return True
+
+    def _note_slowness(self, started: float) -> None:
+        """Leave writes to worker threads for a while if the disk has held up what began then."""
+        ended = time.perf_counter()
         if ended - started > _SLOW_WRITE:
             self._writes_wait_until = ended + _SLOW_SPELL
-        return True
 
     # Large reads, without a worker thread
 
@@ -321,7 +346,29 @@ class Transmission:
             await self._room.wait()
         self._waiting += 1
         self._waiting_bytes += cost
-        self._nursery.start_soon(self._answer, cost, flags, command, cookie, offset, length, held)
+        if command != _WRITE or held is None:
+            self._nursery.start_soon(self._answer, cost, flags, command, cookie, offset, length, held)
+            return
+        self._writes.append((cost, flags, cookie, offset, held))
+        if self._writers < self._device.useful_writers:
+            self._writers += 1
+            self._nursery.start_soon(self._answer_writes)
+
+    async def _answer_writes(self) -> None:
+        """Have writes done that could not be done at once, one after the other.
+
+        What kept them waiting may have gone with the one before them, an allocation for instance; so each is tried here
+        once more. Were all of them in threads, they would get into each other's way, and into that of those to come.
+        """
+        while self._writes:
+            cost, flags, cookie, offset, payload = self._writes.popleft()
+            with self._device.pins.held():
+                done = not flags and self._write_here(offset, payload)
+            if done:
+                await self._reply(cost, [replies.simple_reply(cookie)])
+            else:
+                await self._answer(cost, flags, _WRITE, cookie, offset, len(payload), payload)
+        self._writers -= 1
 
     async def _answer(
         self, cost: int, flags: int, command: int, cookie: int, offset: int, length: int, payload: Payload
@@ -329,6 +376,9 @@ class Transmission:
         reply = await trio.to_thread.run_sync(
             self._handler.handle, flags, command, cookie, offset, length, payload, limiter=self._workers
         )
+        await self._reply(cost, reply)
+
+    async def _reply(self, cost: int, reply: Reply) -> None:
         await self._sender.send(reply)
         self._waiting -= 1
         self._waiting_bytes -= cost
