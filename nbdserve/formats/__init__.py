@@ -9,6 +9,7 @@
     vmdk     VMware's disks: sparse, flat, split and stream-optimized
     luks     LUKS, encrypted disks, versions 1 and 2
     entries  entries of tables, written back in rows
+    record   headers and the like, described field by field
     newfile  files that appear under their names only when they are complete
 
 A format never opens another file by itself: references go through the `open_reference` and `open_file` it is given.

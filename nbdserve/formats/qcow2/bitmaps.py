@@ -14,23 +14,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntFlag
 
-from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
-
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError
 from nbdserve.formats.qcow2.allocation import Allocator
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE, Geometry, read_table
 from nbdserve.formats.qcow2.header import Autoclear, Header, check_place
+from nbdserve.formats.record import Record
 
-_EXTENSION = Struct("count" / Int32ub, "reserved" / Int32ub, "size" / Int64ub, "offset" / Int64ub)
-_ENTRY = Struct(
-    "table_offset" / Int64ub,
-    "table_entries" / Int32ub,
-    "flags" / Int32ub,
-    "type" / Int8ub,
-    "granularity_bits" / Int8ub,
-    "name_size" / Int16ub,
-    "extra_size" / Int32ub,
+_EXTENSION = Record(">", count="I", reserved="I", size="Q", offset="Q")
+_ENTRY = Record(
+    ">",
+    table_offset="Q",
+    table_entries="I",
+    flags="I",
+    type="B",
+    granularity_bits="B",
+    name_size="H",
+    extra_size="I",
 )
 _FLAGS_AT = 12  # bytes into an entry
 MAXIMUM_BITMAPS = 65535
@@ -82,7 +82,7 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     if header.bitmaps is None or not header.autoclear & Autoclear.BITMAPS:
         return []
     name, geometry = file.name, header.geometry
-    if len(header.bitmaps) != _EXTENSION.sizeof():
+    if len(header.bitmaps) != _EXTENSION.size:
         raise FormatError(f"{name}: the extension for bitmaps has {len(header.bitmaps)} bytes; it is damaged")
     place = _EXTENSION.parse(header.bitmaps)
     if not 0 < place.count <= MAXIMUM_BITMAPS or place.size > _MAXIMUM_DIRECTORY:
@@ -92,10 +92,10 @@ def read_bitmaps(file: HostFile, header: Header) -> list[Bitmap]:
     found: list[Bitmap] = []
     position = 0
     for _ in range(place.count):
-        if position + _ENTRY.sizeof() > len(content):
+        if position + _ENTRY.size > len(content):
             raise FormatError(f"{name}: the bitmap directory is cut short; the image is damaged")
-        entry = _ENTRY.parse(content[position : position + _ENTRY.sizeof()])
-        names = position + _ENTRY.sizeof() + entry.extra_size
+        entry = _ENTRY.parse(content, position)
+        names = position + _ENTRY.size + entry.extra_size
         if (
             entry.type != _DIRTY_TRACKING
             or not 9 <= entry.granularity_bits <= 31
@@ -162,8 +162,7 @@ def build_bitmaps(bitmaps: list[Bitmap]) -> bytes:
 
 def build_place(count: int, size: int, offset: int) -> bytes:
     """The extension that leads to a directory of `count` bitmaps, of `size` bytes."""
-    place: bytes = _EXTENSION.build({"count": count, "reserved": 0, "size": size, "offset": offset})
-    return place
+    return _EXTENSION.build({"count": count, "reserved": 0, "size": size, "offset": offset})
 
 
 class BitmapTracker:

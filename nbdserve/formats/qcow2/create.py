@@ -19,6 +19,7 @@ from nbdserve.formats.qcow2.header import (
     FIRST_SIZE,
     FULL_SIZE,
     LAZY_REFCOUNTS,
+    MAGIC,
     MAXIMUM_L1,
     MAXIMUM_REFCOUNT_TABLE,
     SECOND_HEADER,
@@ -198,8 +199,9 @@ class _Layout:
         extensions = self._extensions(options.cluster_size - length - len(backing))
         if len(backing) > _MAXIMUM_NAME or length + len(extensions) + len(backing) > options.cluster_size:
             raise OpenError(f"{self.name}: the names do not fit into the header; use shorter or relative ones")
-        header: bytes = FIRST_HEADER.build(
+        header = FIRST_HEADER.build(
             {
+                "magic": MAGIC,
                 "version": options.version,
                 "backing_file_offset": length + len(extensions) if backing else 0,
                 "backing_file_size": len(backing),
@@ -225,7 +227,7 @@ class _Layout:
             | (options.compression != CompressionType.ZLIB) * Incompatible.COMPRESSION_TYPE
             | options.extended_l2 * Incompatible.EXTENDED_L2
         )
-        built: bytes = SECOND_HEADER.build(
+        return SECOND_HEADER.build(
             {
                 "incompatible_features": incompatible,
                 "compatible_features": options.lazy_refcounts * LAZY_REFCOUNTS,
@@ -234,7 +236,6 @@ class _Layout:
                 "header_length": length,
             }
         )
-        return built
 
     def _extensions(self, room: int) -> bytes:
         options = self.options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from construct import Bytes, Int8ub, Int32ub, Struct
+from nbdserve.formats.record import Record
 
 
 class Extension(IntEnum):
@@ -18,9 +18,9 @@ class Extension(IntEnum):
     DATA_FILE = 0x44415441
 
 
-_HEAD = Struct("type" / Int32ub, "length" / Int32ub)
-_FEATURE_NAME = Struct("kind" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
-FEATURE_NAME_SIZE = _FEATURE_NAME.sizeof()  # bytes
+_HEAD = Record(">", type="I", length="I")
+_FEATURE_NAME = Record(">", kind="B", bit="B", name="46s")
+FEATURE_NAME_SIZE = _FEATURE_NAME.size  # bytes
 
 _NAMES = (
     (0, 0, b"dirty bit"),
@@ -42,9 +42,9 @@ def read_extensions(content: bytes, position: int) -> dict[int, bytes]:
         ValueError: one is longer than its room.
     """
     found: dict[int, bytes] = {}
-    while position + _HEAD.sizeof() <= len(content):
-        head = _HEAD.parse(content[position : position + _HEAD.sizeof()])
-        position += _HEAD.sizeof()
+    while position + _HEAD.size <= len(content):
+        head = _HEAD.parse(content, position)
+        position += _HEAD.size
         if head.type == Extension.END:
             break
         if head.length > len(content) - position:
@@ -56,7 +56,7 @@ def read_extensions(content: bytes, position: int) -> dict[int, bytes]:
 
 def build_extension(kind: int, data: bytes) -> bytes:
     """An extension as it stands in the header."""
-    head: bytes = _HEAD.build({"type": kind, "length": len(data)})
+    head = _HEAD.build({"type": kind, "length": len(data)})
     return head + data.ljust(-(-len(data) // 8) * 8, b"\0")
 
 
@@ -69,9 +69,9 @@ def build_feature_names() -> bytes:
 
 def feature_name(names: bytes, bit: int) -> str | None:
     """What the image itself calls an incompatible feature."""
-    size = _FEATURE_NAME.sizeof()
+    size = _FEATURE_NAME.size
     for position in range(0, len(names) - size + 1, size):
-        entry = _FEATURE_NAME.parse(names[position : position + size])
+        entry = _FEATURE_NAME.parse(names, position)
         if entry.kind == 0 and entry.bit == bit:
             text = entry.name.split(b"\0")[0].decode("ascii", "backslashreplace")
             return repr(text) if text else None

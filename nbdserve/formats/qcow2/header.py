@@ -12,14 +12,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-
-from construct import Const, Int32ub, Int64ub, Struct
+from types import SimpleNamespace
 
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, Unsupported
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE, Geometry
 from nbdserve.formats.qcow2.extensions import Extension, feature_name, read_extensions
+from nbdserve.formats.record import Record
 
+MAGIC = b"QFI\xfb"
 MAXIMUM_L1 = 32 << 20  # bytes; this and the following limits are QEMU's
 MAXIMUM_REFCOUNT_TABLE = 8 << 20  # bytes
 MAXIMUM_SNAPSHOTS = 65536
@@ -28,31 +29,33 @@ _MAXIMUM_FORMAT_NAME = 255  # bytes
 _SECTOR = 512
 _SMALLEST_EXTENDED = 14  # cluster bits; a subcluster is not smaller than a sector
 
-FIRST_HEADER = Struct(
-    "magic" / Const(b"QFI\xfb"),
-    "version" / Int32ub,
-    "backing_file_offset" / Int64ub,
-    "backing_file_size" / Int32ub,
-    "cluster_bits" / Int32ub,
-    "size" / Int64ub,
-    "crypt_method" / Int32ub,
-    "l1_size" / Int32ub,
-    "l1_table_offset" / Int64ub,
-    "refcount_table_offset" / Int64ub,
-    "refcount_table_clusters" / Int32ub,
-    "nb_snapshots" / Int32ub,
-    "snapshots_offset" / Int64ub,
+FIRST_HEADER = Record(
+    ">",
+    magic="4s",
+    version="I",
+    backing_file_offset="Q",
+    backing_file_size="I",
+    cluster_bits="I",
+    size="Q",
+    crypt_method="I",
+    l1_size="I",
+    l1_table_offset="Q",
+    refcount_table_offset="Q",
+    refcount_table_clusters="I",
+    nb_snapshots="I",
+    snapshots_offset="Q",
 )
-SECOND_HEADER = Struct(
-    "incompatible_features" / Int64ub,
-    "compatible_features" / Int64ub,
-    "autoclear_features" / Int64ub,
-    "refcount_order" / Int32ub,
-    "header_length" / Int32ub,
+SECOND_HEADER = Record(
+    ">",
+    incompatible_features="Q",
+    compatible_features="Q",
+    autoclear_features="Q",
+    refcount_order="I",
+    header_length="I",
 )
 
-FIRST_SIZE = FIRST_HEADER.sizeof()
-FULL_SIZE = FIRST_SIZE + SECOND_HEADER.sizeof()
+FIRST_SIZE = FIRST_HEADER.size
+FULL_SIZE = FIRST_SIZE + SECOND_HEADER.size
 
 # Where the fields lie that are changed.
 BACKING_FIELDS = 8  # offset of the name (8 bytes), its length (4)
@@ -152,7 +155,7 @@ class Header:
             Unsupported: it uses a feature that is not handled.
         """
         start = bytes(file.read(0, min(file.size, FULL_SIZE + 8)))
-        if not start.startswith(b"QFI\xfb"):
+        if not start.startswith(MAGIC):
             raise FormatError(f"{file.name}: not a qcow2 image: no QFI signature; check the format you gave")
         if len(start) < FIRST_SIZE:
             raise FormatError(f"{file.name}: the file ends in the middle of the qcow2 header; it is truncated")
@@ -174,7 +177,7 @@ class _Reader:
         self.content = bytes(file.read(0, self.cluster_size))
         end = min(self.first.backing_file_offset or self.cluster_size, self.cluster_size)
         try:
-            self.extensions = read_extensions(self.content[:end], self.second["header_length"])
+            self.extensions = read_extensions(self.content[:end], self.second.header_length)
         except ValueError as error:
             raise self.wrong(str(error)) from None
         self.incompatible = self._incompatible()
@@ -188,21 +191,21 @@ class _Reader:
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.file.name}: the qcow2 header {what}; the image is damaged")
 
-    def _second_header(self, start: bytes) -> dict[str, int]:
+    def _second_header(self, start: bytes) -> SimpleNamespace:
         if self.first.version == 2:
             start = start[:FIRST_SIZE] + bytes(24) + (4).to_bytes(4, "big") + FIRST_SIZE.to_bytes(4, "big")
         elif len(start) < FULL_SIZE:
             raise FormatError(f"{self.file.name}: the file ends in the middle of the qcow2 header; it is truncated")
-        second: dict[str, int] = SECOND_HEADER.parse(start[FIRST_SIZE:])
-        length = second["header_length"]
+        second = SECOND_HEADER.parse(start, FIRST_SIZE)
+        length = second.header_length
         if self.first.version >= 3 and (not FULL_SIZE <= length <= self.cluster_size or length % 8):
             raise self.wrong(f"says that it is {length} bytes long, which is not between {FULL_SIZE} and a cluster")
         return second
 
     def header(self) -> Header:
         first = self.first
-        if self.second["refcount_order"] > 6:
-            raise self.wrong(f"announces refcounts of 2^{self.second['refcount_order']} bits; 64 are the most")
+        if self.second.refcount_order > 6:
+            raise self.wrong(f"announces refcounts of 2^{self.second.refcount_order} bits; 64 are the most")
         if self.geometry.words > 1 and first.cluster_bits < _SMALLEST_EXTENDED:
             raise self.wrong(f"announces subclusters of clusters of 2^{first.cluster_bits} bytes, which are too small")
         if self.geometry.is_external and first.nb_snapshots:
@@ -217,12 +220,12 @@ class _Reader:
             l1_entries=first.l1_size,
             refcount_table_offset=first.refcount_table_offset,
             refcount_table_clusters=first.refcount_table_clusters,
-            refcount_width=1 << self.second["refcount_order"],
+            refcount_width=1 << self.second.refcount_order,
             snapshots=first.nb_snapshots,
             snapshots_offset=first.snapshots_offset,
             incompatible=self.incompatible,
-            compatible=self.second["compatible_features"],
-            autoclear=self.second["autoclear_features"],
+            compatible=self.second.compatible_features,
+            autoclear=self.second.autoclear_features,
             compression=self._compression(),
             encryption=self._encryption(),
             backing_name=self._backing_name(),
@@ -233,7 +236,7 @@ class _Reader:
         )
 
     def _incompatible(self) -> Incompatible:
-        features = self.second["incompatible_features"]
+        features = self.second.incompatible_features
         for bit in range(64):
             if features >> bit & 1 and not _HANDLED >> bit & 1:
                 name = feature_name(self.extensions.get(Extension.FEATURE_NAMES, b""), bit) or f"unknown feature {bit}"
@@ -241,7 +244,7 @@ class _Reader:
         return Incompatible(features)
 
     def _compression(self) -> CompressionType:
-        has_field = self.second["header_length"] > FULL_SIZE
+        has_field = self.second.header_length > FULL_SIZE
         method = self.content[FULL_SIZE] if has_field else 0
         if bool(method) != bool(self.incompatible & Incompatible.COMPRESSION_TYPE):
             raise self.wrong(f"names compression type {method}, which contradicts its feature bits")

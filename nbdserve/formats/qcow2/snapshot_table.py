@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from construct import Int16ub, Int32ub, Int64ub, Struct
-
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, OpenError
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE
 from nbdserve.formats.qcow2.header import MAXIMUM_L1, Header, check_place
+from nbdserve.formats.record import Record
 
-_ENTRY = Struct(
-    "l1_table_offset" / Int64ub,
-    "l1_size" / Int32ub,
-    "id_length" / Int16ub,
-    "name_length" / Int16ub,
-    "seconds" / Int32ub,
-    "nanoseconds" / Int32ub,
-    "guest_nanoseconds" / Int64ub,
-    "vm_state_size" / Int32ub,
-    "extra_size" / Int32ub,
+_ENTRY = Record(
+    ">",
+    l1_table_offset="Q",
+    l1_size="I",
+    id_length="H",
+    name_length="H",
+    seconds="I",
+    nanoseconds="I",
+    guest_nanoseconds="Q",
+    vm_state_size="I",
+    extra_size="I",
 )
-_EXTRA = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub)
+_EXTRA = Record(">", vm_state_size="Q", disk_size="Q")
 _MAXIMUM_EXTRA = 1024  # bytes, as in QEMU
 _MAXIMUM_DIRECTORY = 64 << 20  # bytes, as in QEMU
 
@@ -71,12 +71,12 @@ def read_snapshots(file: HostFile, header: Header) -> tuple[list[Snapshot], int]
 
 def _read_entry(file: HostFile, header: Header, number: int, position: int) -> tuple[Snapshot, int]:
     what = f"entry {number} of the snapshot table"
-    fields = _ENTRY.parse(bytes(file.read(position, _ENTRY.sizeof())))
+    fields = _ENTRY.parse(bytes(file.read(position, _ENTRY.size)))
     variable = fields.extra_size + fields.id_length + fields.name_length
-    length = -(-(_ENTRY.sizeof() + variable) // 8) * 8
-    if fields.extra_size > _MAXIMUM_EXTRA or position + _ENTRY.sizeof() + variable > file.size:
+    length = -(-(_ENTRY.size + variable) // 8) * 8
+    if fields.extra_size > _MAXIMUM_EXTRA or position + _ENTRY.size + variable > file.size:
         raise FormatError(f"{file.name}: {what} is longer than the file or than is possible; the image is damaged")
-    rest = bytes(file.read(position + _ENTRY.sizeof(), variable))
+    rest = bytes(file.read(position + _ENTRY.size, variable))
     extra, names = rest[: fields.extra_size], rest[fields.extra_size :]
     if fields.l1_size * ENTRY_SIZE > MAXIMUM_L1:
         raise FormatError(f"{file.name}: {what} announces an L1 table of {fields.l1_size} entries")
@@ -104,7 +104,7 @@ def build_snapshots(snapshots: list[Snapshot]) -> bytes:
 def _build_entry(snapshot: Snapshot) -> bytes:
     id, name = (text.encode("utf-8", "surrogateescape") for text in (snapshot.id, snapshot.name))
     extra = _EXTRA.build({"vm_state_size": snapshot.vm_state_size, "disk_size": snapshot.size}) + snapshot.unknown
-    fixed: bytes = _ENTRY.build(
+    fixed = _ENTRY.build(
         {
             "l1_table_offset": snapshot.l1_offset,
             "l1_size": snapshot.l1_entries,
