@@ -20,8 +20,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from nbdserve import locking
 from nbdserve.block import BlockDevice, HostFile, Window
@@ -36,6 +35,9 @@ from nbdserve.formats import (
     probe,
     probe_sectors,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
 _IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
@@ -79,6 +81,7 @@ def open_image(
     policy: ReferencePolicy | None = None,
     warn: Callable[[str], None] = lambda line: None,
     writable_depth: int = 0,
+    durable: bool = True,
 ) -> BlockDevice:
     """Open an image with everything it stands on.
 
@@ -92,6 +95,7 @@ def open_image(
         policy: what the image may refer to.
         warn: told, in one line, of what the user should know.
         writable_depth: open the image so many links below for writing as well, which is what commit needs.
+        durable: what is flushed has to survive a crash of the host; False for an image that is only being made.
 
     Raises:
         Locked: another process uses the image in a way that excludes us.
@@ -103,7 +107,7 @@ def open_image(
         raise OpenError(f"{name}: --force-share is only for looking at an image; open it read-only (-r) as well")
     if is_remote(name):
         return _connect(name, format, read_only, snapshot)
-    chain = _Chain(policy or ReferencePolicy(), warn, force_share, writable_depth=writable_depth)
+    chain = _Chain(policy or ReferencePolicy(), warn, force_share, writable_depth=writable_depth, durable=durable)
     try:
         return chain.open(name, format=format, read_only=read_only, snapshot=snapshot)
     except OSError as error:
@@ -202,6 +206,7 @@ class _Chain:
         seen: their devices and inodes.
         may_refer: whether the last one may name further files.
         writable_depth: how many links below the first one the image lies that is opened for writing as well.
+        durable: see HostFile.
     """
 
     policy: ReferencePolicy
@@ -212,6 +217,7 @@ class _Chain:
     seen: frozenset[tuple[int, int]] = frozenset()
     may_refer: bool = True
     writable_depth: int = 0
+    durable: bool = True
 
     def open(self, path: str, *, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
         """Open the image that the user names, with all that it refers to."""
@@ -245,6 +251,7 @@ class _Chain:
     def _open_file(self, name: str, path: str, permit: Permit, *, writable: bool) -> tuple[HostFile, _Chain]:
         """Open and lock the file at path, which messages call name; nothing of it is read."""
         file, home = _open_where_permitted(name, path, permit, writable=writable)
+        file.durable = self.durable
         try:
             below = self._entered(file, home)
             self._lock(file, locking.WRITER)
@@ -352,13 +359,13 @@ class _Chain:
         """Lets pass what lies in the owner's directory, or in one that the user allows."""
         if self.policy.trust_all:
             return _anywhere
-        allowed = [Path(self.home), *(folder.resolve() for folder in self.policy.allowed)]
+        allowed = [self.home, *map(os.path.realpath, self.policy.allowed)]
 
         def permit(real: str) -> None:
-            if not any(Path(real).is_relative_to(folder) for folder in allowed):
+            if not any(os.path.commonpath((folder, real)) == folder for folder in allowed):
                 raise OpenError(
                     f"{owner}: refers to {name!r}, outside its own directory; allow that with "
-                    f"--allow-path {Path(real).parent} or --trust-references"
+                    f"--allow-path {os.path.dirname(real)} or --trust-references"
                 )
 
         return permit

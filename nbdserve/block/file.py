@@ -41,6 +41,7 @@ class HostFile:
         is_device: whether it is a block device rather than a regular file.
         nowait: flags for os.preadv() that make it fail rather than wait for the disk: RWF_NOWAIT, or 0 where the file
             lies in memory (tmpfs does not know the flag).
+        durable: whether sync() does anything; False while the file is being made and nobody can rely on it yet.
         may_be_sent: whether sendfile may take bytes from it. Not where space is reused in pieces of a page: pages that
             wait in a socket would change.
     """
@@ -51,6 +52,7 @@ class HostFile:
         self.writable = writable
         self.is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         self.nowait = _nowait_flags(fd)
+        self.durable = True
         self.may_be_sent = True
         self._data = (0, 0)  # a range known to hold no hole; one tuple, because threads look at it without a lock
         self._syncing = threading.Lock()
@@ -217,7 +219,7 @@ class HostFile:
         os.ftruncate(self.fd, size)
 
     def sync(self) -> None:
-        """Return when everything written so far is on stable storage.
+        """Return when everything written so far is on stable storage, or at once if the file need not be `durable`.
 
         Once this has failed it fails for good: the kernel reports a failed write-back once and takes the pages for
         clean from then on, so that a later success would say nothing about the bytes that were lost. Therefore no call
@@ -226,6 +228,8 @@ class HostFile:
         Raises:
             OSError: the storage failed, now or earlier.
         """
+        if not self.durable:
+            return
         begun = self._syncs
         with self._syncing:
             if self._sync_failed:

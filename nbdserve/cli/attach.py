@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import run, say
+from nbdserve.cli.common import HelpFormatter, run, say
 from nbdserve.errors import OpenError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "       %(prog)s loop [--mount DIR] [--read-only] IMAGE PARTITION",
         description="Attach a disk image (qcow2, VHD, raw ...) to a device of the kernel, with its partitions.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("image", metavar="IMAGE", nargs="?", help="the image file, or the URI of an NBD server")

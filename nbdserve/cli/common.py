@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, NoReturn
 
 from nbdserve.errors import NbdserveError
@@ -18,6 +18,25 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?", re.ASCII)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps examples as they are. argparse makes one for every option, and would load shutil to learn the width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_terminal_width() - 2)
+
+
+@cache
+def _terminal_width() -> int:
+    try:
+        return int(os.environ.get("COLUMNS", "")) or 80
+    except ValueError:
+        pass
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 def byte_size(text: str) -> int:
@@ -45,7 +64,6 @@ def add_references(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--allow-path",
         action="append",
-        type=Path,
         default=[],
         metavar="DIR",
         help="let images refer to files below DIR, besides their own directory (may be repeated)",
@@ -68,9 +86,11 @@ def _passphrase(name: str) -> Passphrase:
 
 def policy_of(options: argparse.Namespace) -> ReferencePolicy:
     """What images may refer to, and what opens them, by the options of add_references()."""
+    from pathlib import Path
+
     from nbdserve.opening import ReferencePolicy
 
-    return ReferencePolicy(tuple(options.allow_path), options.trust_references, options.passphrase)
+    return ReferencePolicy(tuple(map(Path, options.allow_path)), options.trust_references, options.passphrase)
 
 
 def printable(text: str) -> str:

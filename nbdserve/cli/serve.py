@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import nbdserve
 from nbdserve.block import BlockDevice
 from nbdserve.cli.certificates import add_certificate_options, make
-from nbdserve.cli.common import add_force_share, add_references, byte_size, policy_of, run, say
+from nbdserve.cli.common import HelpFormatter, add_force_share, add_references, byte_size, policy_of, run, say
 from nbdserve.errors import NbdserveError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] IMAGE\n       %(prog)s --make-certs DIR [--host NAME]... [--client NAME]...",
         description="Serve a disk image (qcow2, VHD, raw or a block device) over NBD.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("image", metavar="IMAGE", nargs="?", help="the image file or block device")

@@ -17,8 +17,11 @@ _NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def new_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[BinaryIO]:
     """A new, empty file to fill in the with-block, at the end of which it gets its name; an error leaves nothing.
+
+    Args:
+        durable: bring the content to stable storage first; False where the caller sees to that.
 
     Raises:
         FileExistsError: there is a file of that name, before the block or at its end.
@@ -32,12 +35,14 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             _name(temporary, name)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-    _sync_directory(directory or ".")
+    if durable:
+        _sync_directory(directory or ".")
 
 
 def _name(temporary: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """Copies of images in other formats.
 
-A new image gets its name when it is complete and on stable storage; devices and servers are written in place.
+A new image gets its name when it is complete; devices and servers are written in place.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Target:
         partition: of the existing image, to be written instead of the whole.
         blank: the existing image is known to read as zeros.
         workers: threads.
+        durable: a new image is on stable storage before it gets its name; one that replaces another always is.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Target:
     partition: str | None = None
     blank: bool = False
     workers: int = 4
+    durable: bool = False
 
 
 def convert(
@@ -63,15 +65,12 @@ def convert(
     *,
     policy: ReferencePolicy | None = None,
     progress: Progress = lambda done: None,
-    unreadable: list[tuple[int, int]] | None = None,
 ) -> None:
     """Let the target show what the source does.
 
     Args:
         policy: what the target's backing file may refer to.
         progress: told now and then how many bytes of the source have been dealt with.
-        unreadable: if it is a list, parts of the source (offset, bytes) that cannot be read become zeros, and are
-            noted in it.
 
     Raises:
         OpenError: the target cannot be as it is wanted, with the reason in one line.
@@ -104,7 +103,6 @@ def convert(
             sparse=target.sparse and max(step, target.sparse),
             unit=max(unit, step),
             only_top=target.backing is not None,
-            unreadable=unreadable,
             workers=target.workers,
         )
         copy.run(progress)
@@ -162,10 +160,13 @@ def _opened(size: int, target: Target, policy: ReferencePolicy | None) -> Iterat
             below, _ = held.enter_context(open_backing(path, target.backing, target.backing_format, policy))
             # What that image refers to has just been checked.
             policy = replace(policy or ReferencePolicy(), trust_all=True)
-        made = path if "data_file" in target.values else held.enter_context(staged(path, beside=below is not None))
+        if in_place := "data_file" in target.values:
+            made = path
+        else:
+            made = held.enter_context(staged(path, beside=below is not None, durable=target.durable))
         passphrase = None if policy is None else policy.passphrase
-        make_image(made, target.format, size, target.values, below, passphrase=passphrase)
-        with open_image(made, format=target.format, policy=policy) as device:
+        make_image(made, target.format, size, target.values, below, passphrase=passphrase, durable=in_place)
+        with open_image(made, format=target.format, policy=policy, durable=in_place) as device:
             if target.format == "luks":  # reads as random bytes, not as zeros
                 device.zero(size, device.size - size)
             yield device, target.format != "luks"
@@ -190,6 +191,8 @@ def _stream(source: BlockDevice, target: Target, progress: Progress) -> None:
 
     if target.backing is not None or target.existing or is_remote(target.path) or is_device(target.path):
         raise OpenError(f"{target.path}: a stream-optimized VMDK is a new file that stands on its own")
-    with staged(target.path) as made:
+    with staged(target.path, durable=target.durable) as made:
         adapter = str(target.values.get("adapter_type", "ide"))
-        write_stream_optimized(source, made, workers=target.workers, adapter_type=adapter, progress=progress)
+        write_stream_optimized(
+            source, made, workers=target.workers, adapter_type=adapter, durable=False, progress=progress
+        )

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from nbdserve.block import BlockDevice, Computed, Data, Extent, HostFile, HostOffset, Zero
+from nbdserve.block import BlockDevice, Data, HostFile, HostOffset, Zero
 from nbdserve.block.file import ReadBuffer
 
 PIECE = 2 << 20  # bytes read and written at once
 _UNIT = 64 << 10  # bytes; smaller holes are not worth a request of their own
-_SECTOR = 512
 _ZEROS = bytes(PIECE)
 _LONGEST_ZEROS = 1 << 30  # bytes zeroed at once, so that a cancelled copy ends soon
 _FICLONERANGE = 0x4020940D  # include/uapi/linux/fs.h
@@ -48,7 +47,6 @@ class Copy:
         sparse: runs of so many zero bytes, at multiples of as many, are not written as data; 0: all is.
         unit: data is copied in multiples of so many bytes, a power of two.
         only_top: what lies below the source's top image is left to the target's backing file.
-        unreadable: if it is a list, parts of the source that cannot be read are zeros, and noted in it.
         workers: threads.
     """
 
@@ -60,7 +58,6 @@ class Copy:
     sparse: int = 4096
     unit: int = _UNIT
     only_top: bool = False
-    unreadable: list[tuple[int, int]] | None = None
     workers: int = 4
     position: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -116,7 +113,7 @@ class Copy:
                 if self.place is not None and self._share(piece, self.place):
                     continue
                 view = memoryview(buffer)[: piece.length]
-                self._read(piece.offset, view)
+                self.source.read_into(piece.offset, view)
                 self._write(piece.offset, buffer, piece.length)
 
     def _share(self, piece: Piece, place: Callable[[int, int, Fill], None]) -> bool:
@@ -166,7 +163,7 @@ class Copy:
         """(start, end) of what has to be read, in whole units; ranges may touch, but do not overlap."""
         size, unit = self.source.size, self.unit
         offset = told = 0
-        for extent in self._extents():
+        for extent in self.source.extents(0, size):
             low, offset = offset, offset + extent.length
             if extent.depth if self.only_top else self.sparse and isinstance(extent, Zero):
                 continue
@@ -174,45 +171,7 @@ class Copy:
             if start < told:
                 yield start, told
 
-    def _extents(self) -> Iterator[Extent]:
-        """The source's extents; what the map cannot tell has to be tried."""
-        offset, size = 0, self.source.size
-        while offset < size:
-            try:
-                for extent in self.source.extents(offset, size - offset):
-                    yield extent
-                    offset += extent.length
-            except OSError:
-                if self.unreadable is None:
-                    raise
-                yield Computed(min(_SECTOR, size - offset))
-                offset += _SECTOR
-
     # Reading and writing
-
-    def _read(self, offset: int, view: memoryview) -> None:
-        try:
-            self.source.read_into(offset, view)
-        except OSError:
-            if self.unreadable is None:
-                raise
-            self._read_what_can_be(offset, view)
-
-    def _read_what_can_be(self, offset: int, view: memoryview) -> None:
-        """Halve a range that cannot be read until what is left are single sectors, which become zeros."""
-        assert self.unreadable is not None
-        if len(view) <= _SECTOR:
-            view[:] = bytes(len(view))
-            with self._lock:
-                self.unreadable.append((offset, len(view)))
-            return
-        half = -(-len(view) // 2 // _SECTOR) * _SECTOR
-        for start, part in ((offset, view[:half]), (offset + half, view[half:])):
-            if part:
-                try:
-                    self.source.read_into(start, part)
-                except OSError:
-                    self._read_what_can_be(start, part)
 
     def _write_zeros(self, offset: int, length: int) -> None:
         if self.only_top or not self.blank:

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from nbdserve.block import BlockDevice
 from nbdserve.errors import OpenError
 from nbdserve.formats import probe
-from nbdserve.imagetools.describing import chain_of
 from nbdserve.imagetools.making import Backing, Values, make_image
 from nbdserve.imagetools.staging import is_device, staged
 from nbdserve.opening import ReferencePolicy, is_remote, known_format, look_into, open_image
@@ -99,6 +98,8 @@ def open_backing(
             f"{path}: its backing file {name}, looked for from the image's own directory, would be {found}, which does "
             f"not exist; {hint}"
         )
+    from nbdserve.imagetools.describing import chain_of
+
     with ExitStack() as opened:
         chain: list[str] = []
         link = opened.enter_context(look_into(found, format=format, policy=policy))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nbdserve.block import HostFile
@@ -217,8 +216,8 @@ def _first_there(image: ImageFile, names: list[str]) -> str:
     """The first of the names under which a parent may be found that exists; the first of all if none does."""
     if not names:
         raise OpenError(f"{image.file.name}: names no parent disk that could be looked for; the image is damaged")
-    home = Path(image.file.name).parent
-    return next((name for name in names if (home / name).exists()), names[0])
+    home = os.path.dirname(image.file.name)
+    return next((name for name in names if os.path.exists(os.path.join(home, name))), names[0])
 
 
 def _vdi(image: ImageFile) -> Facts:

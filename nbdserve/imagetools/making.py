@@ -145,6 +145,7 @@ def make_image(
     backing: Backing | None = None,
     *,
     passphrase: GetPassphrase | None = None,
+    durable: bool = True,
 ) -> None:
     """Make an image that does not exist yet.
 
@@ -153,6 +154,7 @@ def make_image(
         size: of the disk, in bytes.
         values: options of that format; size and the backing file are not taken from there.
         passphrase: for an image that is to be encrypted.
+        durable: bring it to stable storage; False where the caller sees to that.
 
     Raises:
         OpenError: such an image cannot be, with the reason in one line.
@@ -160,13 +162,13 @@ def make_image(
     """
     if backing is not None and format in ("raw", "luks"):
         raise OpenError(f"{path}: a {format} image cannot stand on another one; take qcow2")
-    _MAKERS[format](path, size, {**values, _PASSPHRASE: passphrase}, backing)
+    _MAKERS[format](path, size, {**values, _PASSPHRASE: passphrase}, backing, durable)
 
 
-def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None) -> None:
+def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None, durable: bool) -> None:
     from nbdserve.formats.newfile import new_file
 
-    with new_file(path) as file:
+    with new_file(path, durable=durable) as file:
         file.truncate(size)
         match values.get("preallocation", "off"):
             case "falloc" if size:
@@ -177,13 +179,13 @@ def _raw(path: str, size: int, values: dict[str, Any], _: Backing | None) -> Non
                     file.write(memoryview(piece)[: size - start])
 
 
-def _luks(path: str, size: int, values: dict[str, Any], _: Backing | None) -> None:
+def _luks(path: str, size: int, values: dict[str, Any], _: Backing | None, __: bool) -> None:
     from nbdserve.formats.luks.create import create_image
 
     create_image(path, size, values[_PASSPHRASE], milliseconds=values.get("iter-time", 2000))
 
 
-def _qcow2(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
+def _qcow2(path: str, size: int, values: dict[str, Any], backing: Backing | None, durable: bool) -> None:
     from nbdserve.formats.qcow2.create import CreateOptions, create_image
     from nbdserve.formats.qcow2.header import CompressionType
 
@@ -206,10 +208,10 @@ def _qcow2(path: str, size: int, values: dict[str, Any], backing: Backing | None
         data_file_raw=values.get("data_file_raw", False),
         luks_header=luks_header,
     )
-    create_image(path, size, chosen)
+    create_image(path, size, chosen, durable=durable)
 
 
-def _vpc(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
+def _vpc(path: str, size: int, values: dict[str, Any], backing: Backing | None, _: bool) -> None:
     from nbdserve.formats.vpc.create import create_image
     from nbdserve.formats.vpc.dynamic import DynamicDisk
     from nbdserve.formats.vpc.fixed import FixedDisk
@@ -223,7 +225,7 @@ def _vpc(path: str, size: int, values: dict[str, Any], backing: Backing | None) 
     )
 
 
-def _vhdx(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
+def _vhdx(path: str, size: int, values: dict[str, Any], backing: Backing | None, _: bool) -> None:
     from nbdserve.formats.vhdx.create import create_image
     from nbdserve.formats.vhdx.image import VhdxImage
 
@@ -236,7 +238,7 @@ def _vhdx(path: str, size: int, values: dict[str, Any], backing: Backing | None)
     )
 
 
-def _vdi(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
+def _vdi(path: str, size: int, values: dict[str, Any], backing: Backing | None, _: bool) -> None:
     from nbdserve.formats.vdi.create import create_image
     from nbdserve.formats.vdi.header import read_header
     from nbdserve.formats.vdi.image import VdiImage
@@ -252,7 +254,7 @@ def _vdi(path: str, size: int, values: dict[str, Any], backing: Backing | None) 
     create_image(path, size, static=static, block_size=block_size, parent=parent)
 
 
-def _vmdk(path: str, size: int, values: dict[str, Any], backing: Backing | None) -> None:
+def _vmdk(path: str, size: int, values: dict[str, Any], backing: Backing | None, _: bool) -> None:
     from nbdserve.formats.vmdk.create import Subformat, create_image
     from nbdserve.formats.vmdk.disk import VmdkDisk
 
@@ -282,7 +284,7 @@ def _parent(path: str, backing: Backing, kind: Any, called: str) -> Any:
     return backing.device
 
 
-_MAKERS: dict[str, Callable[[str, int, dict[str, Any], Backing | None], None]] = {
+_MAKERS: dict[str, Callable[[str, int, dict[str, Any], Backing | None, bool], None]] = {
     "raw": _raw,
     "qcow2": _qcow2,
     "vpc": _vpc,

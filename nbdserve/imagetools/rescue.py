@@ -1,11 +1,56 @@
-"""Lists of what could not be read, in the form that ddrescue and its kin understand (GNU ddrescue manual, "Mapfile
-structure"), so that those can go on where a conversion left holes."""
+"""Going on past what cannot be read.
+
+Lists of it are written in the form that ddrescue and its kin understand (GNU ddrescue manual, "Mapfile structure"), so
+that those can go on where a conversion left holes.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
 
+from nbdserve.block import BlockDevice, Computed, Data, Extent
+from nbdserve.block.file import WriteBuffer
 from nbdserve.formats.newfile import new_file
+
+_SECTOR = 512
+
+
+class Salvaged(BlockDevice):
+    """Another disk, of which sectors that cannot be read are zeros; it is not closed with this one.
+
+    Attributes:
+        unreadable: (offset, bytes) of what could not be read so far, in any order.
+    """
+
+    def __init__(self, source: BlockDevice) -> None:
+        super().__init__(source.size, read_only=True)
+        self.unreadable: list[tuple[int, int]] = []
+        self._source = source
+        self._lock = threading.Lock()
+
+    def map(self, offset: int, length: int) -> Extent:
+        try:
+            extent = self._source.map(offset, length)
+        except OSError:  # where the bytes lie is not known; reading them will tell
+            return Computed(min(_SECTOR, length))
+        # Nobody may share or send what lies in the host's file, unreadable as it may be.
+        return Computed(extent.length, extent.depth) if isinstance(extent, Data) else extent
+
+    def read_computed(self, offset: int, buffer: WriteBuffer) -> None:
+        """Halve a range that cannot be read until what is left are single sectors."""
+        view = memoryview(buffer)
+        try:
+            self._source.read_into(offset, view)
+        except OSError:
+            if len(view) > _SECTOR:
+                half = -(-len(view) // 2 // _SECTOR) * _SECTOR
+                self.read_computed(offset, view[:half])
+                self.read_computed(offset + half, view[half:])
+                return
+            view[:] = bytes(len(view))
+            with self._lock:
+                self.unreadable.append((offset, len(view)))
 
 
 def write_map(path: str, size: int, unreadable: list[tuple[int, int]]) -> None:

@@ -1,9 +1,10 @@
 """New images that replace old ones only when they are complete.
 
 The order: the image is made in a directory of its own beside the place where it is to be, under its own name, and
-brought to stable storage; then its files are renamed into their places, the one that names the others last. A crash
-leaves the former image or the new one under the name, and perhaps a directory whose name begins with a dot and ends in
-".partial". An image of several files cannot be exchanged in one step: there the old one disappears first.
+brought to stable storage if that is wanted or an old image would be lost; then its files are renamed into their places,
+the one that names the others last. The end of this process at any moment leaves the former image or the new one under
+the name, and perhaps a directory whose name begins with a dot and ends in ".partial". An image of several files cannot
+be exchanged in one step: there the old one disappears first.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from nbdserve.block import HostFile
 
 
 @contextmanager
-def staged(path: str, *, beside: bool = False) -> Iterator[str]:
+def staged(path: str, *, beside: bool = False, durable: bool = True) -> Iterator[str]:
     """Where to make the image in the with-block, at the end of which it gets its name; an error leaves the old one.
 
     Args:
         beside: it is one file, which has to find others from the directory where it is to be.
+        durable: bring it to stable storage before it gets its name; what replaces another image always is.
 
     Raises:
         OpenError: what has the name now is neither a file nor absent.
@@ -43,10 +45,14 @@ def staged(path: str, *, beside: bool = False) -> Iterator[str]:
             yield made
             if beside:
                 os.rename(made, os.path.join(stage, base))
-            _sync(stage)
             if former is not None:
+                durable = True
                 _inherit(os.path.join(stage, base), former)
+            if durable:
+                _sync(stage)
             _publish(stage, folder, base)
+            if durable:
+                _sync_folder(folder)
         finally:
             with suppress(OSError):  # what led here is what the user has to hear
                 for name in os.listdir(stage):
@@ -87,6 +93,9 @@ def _publish(stage: str, folder: str, base: str) -> None:
             os.unlink(os.path.join(folder, base))
     for name in (*others, base):
         os.rename(os.path.join(stage, name), os.path.join(folder, name))
+
+
+def _sync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from nbdserve.cli.common import add_references, policy_of, say
+from nbdserve.cli.common import HelpFormatter, add_references, policy_of, say
 
 if TYPE_CHECKING:
     from nbdserve.block import BlockDevice
@@ -39,7 +38,7 @@ def add_verb(subparsers: Subparsers, verb: str, description: str, examples: str,
         verb,
         description=description,
         epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.failure = failure
@@ -121,6 +120,8 @@ def human_size(size: int) -> str:
 
 def print_json(value: Any) -> None:
     """A value as JSON, indented as qemu-img does."""
+    import json
+
     print(json.dumps(value, indent=4))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from nbdserve.cli.common import byte_size, policy_of
 from nbdserve.cli.img.common import (
@@ -18,6 +19,10 @@ from nbdserve.cli.img.common import (
 )
 from nbdserve.cli.img.options import add_options, help_lines, parse_options, wants_help
 from nbdserve.errors import OpenError
+
+if TYPE_CHECKING:
+    from nbdserve.block import BlockDevice
+    from nbdserve.imagetools.rescue import Salvaged
 
 EXAMPLES = """\
   nbdimg convert -p disk.vhd disk.qcow2
@@ -51,6 +56,13 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--skip-errors", metavar="MAP", help="go on past what cannot be read, and list it in this file")
     parser.add_argument("--salvage", action="store_true", help="go on past what cannot be read")
     parser.add_argument("-m", "--threads", type=int, choices=range(1, 17), metavar="N", help="default: by processors")
+    parser.add_argument(
+        "-t",
+        "--cache",
+        choices=("unsafe", "writeback", "writethrough", "none", "directsync"),
+        default="unsafe",
+        help="unsafe (the default): leave it to the host when a new image reaches its storage; others: wait for that",
+    )
     parser.add_argument("-W", action="store_true", help="write in any order (always so)")
     add_progress(parser)
     add_opening(parser)
@@ -83,6 +95,7 @@ def run(options: argparse.Namespace) -> int:
         existing=options.existing or options.target_partition is not None,
         partition=options.target_partition,
         blank=options.target_is_zero,
+        durable=options.cache != "unsafe",
         workers=options.threads or max(2, min(8, os.cpu_count() or 2)),
     )
     if (
@@ -91,15 +104,15 @@ def run(options: argparse.Namespace) -> int:
         and os.path.samefile(options.source, options.target)
     ):
         raise OpenError(f"{options.target}: is the source as well; give the target another name")
-    unreadable: list[tuple[int, int]] | None = [] if options.salvage or options.skip_errors else None
     with open_named(options, options.source, format=options.format, snapshot=_snapshot(options.snapshot)) as whole:
         source = whole
         if options.partition is not None:
             source = select_partition(whole, options.partition, options.source, warn)
+        salvaged = _salvaged(source) if options.salvage or options.skip_errors else None
         with progress(options, source.size) as report:
-            convert(source, target, policy=policy_of(options), progress=report, unreadable=unreadable)
-        if unreadable is not None:
-            _report(options, source.size, unreadable)
+            convert(salvaged or source, target, policy=policy_of(options), progress=report)
+        if salvaged is not None:
+            _report(options, salvaged)
     return 0
 
 
@@ -108,12 +121,18 @@ def _snapshot(text: str | None) -> str | None:
     return text and text.removeprefix("snapshot.id=").removeprefix("snapshot.name=")
 
 
-def _report(options: argparse.Namespace, size: int, unreadable: list[tuple[int, int]]) -> None:
+def _salvaged(source: BlockDevice) -> Salvaged:
+    from nbdserve.imagetools.rescue import Salvaged
+
+    return Salvaged(source)
+
+
+def _report(options: argparse.Namespace, source: Salvaged) -> None:
     from nbdserve.imagetools.rescue import write_map
 
     if options.skip_errors:
-        write_map(options.skip_errors, size, unreadable)
-    if unreadable:
-        lost = sum(length for _, length in unreadable)
+        write_map(options.skip_errors, source.size, source.unreadable)
+    if source.unreadable:
+        lost = sum(length for _, length in source.unreadable)
         where = f"; {options.skip_errors} lists them" if options.skip_errors else ""
         warn(f"{options.source}: {lost} bytes could not be read and are zeros in the copy{where}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import run
+from nbdserve.cli.common import HelpFormatter, run
 from nbdserve.cli.img.common import Parser, Subparsers
 
 PROGRAM = "nbdimg"
@@ -64,12 +63,12 @@ def build_parser(verbs: Iterable[str]) -> Parser:
         prog=PROGRAM,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     parser.add_argument("--completion", choices=("bash", "zsh"), help="print what makes a shell complete this command")
-    subparsers: Subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    subparsers: Subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog=PROGRAM)
     detailed = set(verbs)
     for verb, summary in VERBS.items():
         if verb in detailed:

@@ -106,11 +106,14 @@ class CreateOptions:
                 raise OpenError(f"{name}: {what}")
 
 
-def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions | None = None) -> None:
+def create_image(
+    path: str | os.PathLike[str], size: int, options: CreateOptions | None = None, *, durable: bool = True
+) -> None:
     """Create an image whose disk reads as zeros, or as its backing file. An existing file is never overwritten.
 
     Args:
         size: length of the disk in bytes, rounded up to whole sectors as qemu-img does.
+        durable: bring it to stable storage; False where the caller sees to that.
 
     Raises:
         OpenError: the options contradict each other, or the disk is too large for such clusters.
@@ -124,9 +127,9 @@ def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions
     data_path = None
     if chosen.data_file is not None:
         data_path = os.path.join(os.path.dirname(name), chosen.data_file)
-        _write_new(data_path, b"", size)
+        _write_new(data_path, b"", size, durable=durable)
     try:
-        _write_new(name, content, len(content))
+        _write_new(name, content, len(content), durable=durable)
     except BaseException:
         if data_path is not None:
             os.unlink(data_path)
@@ -139,12 +142,13 @@ def create_image(path: str | os.PathLike[str], size: int, options: CreateOptions
         preallocate(name, data_path, wanted)
 
 
-def _write_new(path: str, content: bytes, length: int) -> None:
+def _write_new(path: str, content: bytes, length: int, *, durable: bool) -> None:
     with open(path, "xb") as file:
         file.write(content)
         file.truncate(length)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _Layout:

@@ -13,7 +13,6 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.file import HostFile
 from nbdserve.errors import FormatError, Unsupported
 from nbdserve.formats import OpenOptions
-from nbdserve.formats.qcow2.bitmaps import Bitmap, BitmapTracker, bitmap_places, read_bitmaps
 from nbdserve.formats.qcow2.compression import CompressedClusters, inflater
 from nbdserve.formats.qcow2.entries import ENTRY_SIZE, read_table
 from nbdserve.formats.qcow2.header import AUTOCLEAR_FIELD, Autoclear, Encryption, Header, Incompatible
@@ -21,12 +20,11 @@ from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.snapshot_table import find_snapshot, read_snapshots
 from nbdserve.formats.qcow2.space import HostSpace
-from nbdserve.formats.qcow2.subclusters import SubclusterImage
-from nbdserve.formats.qcow2.writable import WritableQcow2Image
-from nbdserve.formats.qcow2.writable_subclusters import WritableSubclusterImage
 
 if TYPE_CHECKING:
     from nbdserve.formats.luks.ciphers import SectorCipher
+    from nbdserve.formats.qcow2.bitmaps import Bitmap, BitmapTracker
+    from nbdserve.formats.qcow2.writable import WritableQcow2Image
 
 
 def open_qcow2(file: HostFile, options: OpenOptions) -> Qcow2Image:
@@ -95,7 +93,7 @@ def _open_to_write(file: HostFile, header: Header, options: OpenOptions) -> Qcow
 
 def _reading_kind(header: Header) -> type[Qcow2Image]:
     if header.encryption == Encryption.NONE:
-        return Qcow2Image if header.geometry.words == 1 else SubclusterImage
+        return Qcow2Image if header.geometry.words == 1 else _subcluster_image()
     from nbdserve.formats.qcow2.encrypted import EncryptedImage, EncryptedSubclusterImage
 
     return EncryptedImage if header.geometry.words == 1 else EncryptedSubclusterImage
@@ -103,7 +101,7 @@ def _reading_kind(header: Header) -> type[Qcow2Image]:
 
 def _writing_kind(header: Header) -> type[WritableQcow2Image]:
     if header.encryption == Encryption.NONE:
-        return WritableQcow2Image if header.geometry.words == 1 else WritableSubclusterImage
+        return _writable_image() if header.geometry.words == 1 else _writable_subcluster_image()
     from nbdserve.formats.qcow2.encrypted import WritableEncryptedImage, WritableEncryptedSubclusterImage
 
     return WritableEncryptedImage if header.geometry.words == 1 else WritableEncryptedSubclusterImage
@@ -130,12 +128,37 @@ def _decrypted(file: HostFile, cipher: SectorCipher | None) -> HostFile:
 
 def _bitmaps(file: HostFile, header: Header) -> tuple[BitmapTracker | None, list[Bitmap]]:
     """What keeps bitmaps right, if some are switched on, and all of them; none where they are not understood."""
+    if header.bitmaps is None:
+        return None, []
+    from nbdserve.formats.qcow2.bitmaps import BitmapTracker, read_bitmaps
+
     try:
         bitmaps = read_bitmaps(file, header)
         tracked = any(bitmap.must_track for bitmap in bitmaps)
         return BitmapTracker(file, header, bitmaps) if tracked else None, bitmaps
     except FormatError:
         return None, []
+
+
+# Only what an image needs is loaded: its user waits for that.
+
+
+def _subcluster_image() -> type[Qcow2Image]:
+    from nbdserve.formats.qcow2.subclusters import SubclusterImage
+
+    return SubclusterImage
+
+
+def _writable_image() -> type[WritableQcow2Image]:
+    from nbdserve.formats.qcow2.writable import WritableQcow2Image
+
+    return WritableQcow2Image
+
+
+def _writable_subcluster_image() -> type[WritableQcow2Image]:
+    from nbdserve.formats.qcow2.writable_subclusters import WritableSubclusterImage
+
+    return WritableSubclusterImage
 
 
 def _compressed(file: HostFile, header: Header) -> CompressedClusters:
@@ -188,8 +211,11 @@ def _tables(file: HostFile, header: Header, l1: array[int], bitmaps: list[Bitmap
     if l1:
         yield header.l1_offset, header.l1_entries * ENTRY_SIZE, "the L1 table"
     yield header.refcount_table_offset, length, "the refcount table"
-    for offset, size in bitmap_places(file, header, bitmaps):
-        yield offset, size, "a bitmap"
+    if bitmaps:
+        from nbdserve.formats.qcow2.bitmaps import bitmap_places
+
+        for offset, size in bitmap_places(file, header, bitmaps):
+            yield offset, size, "a bitmap"
     snapshots, directory_size = read_snapshots(file, header)
     if snapshots:
         yield header.snapshots_offset, directory_size, "the snapshot table"

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.extents import HostOffset
 from nbdserve.block.file import HostFile, ReadBuffer
 from nbdserve.formats.qcow2.allocating import AllocatingImage
-from nbdserve.formats.qcow2.bitmaps import BitmapTracker
 from nbdserve.formats.qcow2.compression import CompressedClusters, pack_cluster
 from nbdserve.formats.qcow2.entries import ALL_SUBCLUSTERS, COPIED, ENTRY_SIZE
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.space import HostSpace
+
+if TYPE_CHECKING:
+    from nbdserve.formats.qcow2.bitmaps import BitmapTracker
 
 Fill: TypeAlias = Callable[[HostFile, HostOffset, int, int], None]
 """Puts bytes in place: the file, where in it, the guest offset of the first one, how many."""

@@ -54,6 +54,7 @@ def write_stream_optimized(
     level: int = 6,
     workers: int | None = None,
     adapter_type: str = "ide",
+    durable: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Write the content of a device as a stream-optimized VMDK, which appears under its name when it is complete.
@@ -62,6 +63,7 @@ def write_stream_optimized(
         level: of compression, 1 (fast) to 9.
         workers: threads that compress; None for as many as there are processors, eight at most.
         adapter_type: the controller that a machine is to have for the disk; others than ide: lsilogic, buslogic.
+        durable: see formats.newfile.
         progress: told now and then how many bytes of the source have been dealt with.
 
     Raises:
@@ -74,7 +76,7 @@ def write_stream_optimized(
     if source.size > MAXIMUM_TABLES * SLOTS * GRAIN:
         raise OpenError(f"{name}: {source.size} bytes are too many for a stream-optimized VMDK")
     workers = workers or min(8, os.cpu_count() or 1)
-    with new_file(path) as file, ThreadPoolExecutor(workers) as pool:
+    with new_file(path, durable=durable) as file, ThreadPoolExecutor(workers) as pool:
         stream = _Stream(file, source.size, os.path.basename(name), adapter_type)
         pending: deque[tuple[int, Future[bytes]]] = deque()
 
