@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAXIMUM_CHAIN = 100  # each image takes some six frames of Python's stack, of which there are a thousand
-_IS_NBD_URI = re.compile(r"nbds?(\+\w+)?://")
-_LOOKS_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_NBD_URI = r"nbds?(\+\w+)?://"
+_LOOKS_REMOTE = r"[A-Za-z][A-Za-z0-9+.-]*:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class ImageFile:
 
 def is_remote(name: str) -> bool:
     """Whether open_image() takes a name for an NBD URI."""
-    return _IS_NBD_URI.match(name) is not None
+    return re.match(_NBD_URI, name) is not None
 
 
 def _connect(uri: str, format: str | None, read_only: bool, snapshot: str | None) -> BlockDevice:
@@ -346,7 +346,7 @@ class _Chain:
             raise FormatError(f"{owner}: the name of its backing file is damaged")
         if self.policy.trust_all:
             return
-        if _LOOKS_REMOTE.match(name) and not os.path.lexists(path):
+        if re.match(_LOOKS_REMOTE, name) and not os.path.lexists(path):
             raise OpenError(f"{owner}: refers to {name!r}, which is not a plain path; such references are not followed")
         if not self.may_refer:
             remedy = "record it with 'qemu-img rebase -u -F FORMAT'" if len(self.above) > 1 else "give it with --format"

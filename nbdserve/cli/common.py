@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nbdserve.opening import ReferencePolicy
 
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?", re.ASCII)
+_SIZE = r"(\d{1,20})(?:\.(\d{1,20}))?([bkmgtpe]?)(?:ib)?"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -41,7 +41,7 @@ def _terminal_width() -> int:
 
 def byte_size(text: str) -> int:
     """A number of bytes as qemu-img reads it: 512, 64k, 1M, 1.5G (powers of 1024)."""
-    found = _SIZE.fullmatch(text.lower())
+    found = re.fullmatch(_SIZE, text.lower(), re.ASCII)
     if found is None or (found[2] and not _UNITS[found[3]]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with k, M, G or T")
     whole, fraction = int(found[1]), found[2] or ""

@@ -108,7 +108,7 @@ FORMATS: dict[str, Callable[[HostFile, OpenOptions], BlockDevice]] = {
 ALIASES = {"vhd": "vpc", "img": "raw"}
 
 # A VMDK descriptor is text whose first line that is neither empty nor a comment says the version.
-_VMDK_DESCRIPTOR = re.compile(rb"(?:#[^\n]*\n|[ \t]*\r?\n)*version *= *[0-9]")
+_VMDK_DESCRIPTOR = rb"(?:#[^\n]*\n|[ \t]*\r?\n)*version *= *[0-9]"
 
 
 def probe_start(start: bytes) -> str | None:
@@ -133,7 +133,7 @@ def probe_start(start: bytes) -> str | None:
             return name
     if start[64:68] == b"\x7f\x10\xda\xbe":
         return "vdi"
-    return "vmdk" if _VMDK_DESCRIPTOR.match(start) else None
+    return "vmdk" if re.match(_VMDK_DESCRIPTOR, start) else None
 
 
 def probe_sectors(first: bytes, last: bytes) -> str | None:

@@ -57,8 +57,11 @@ def module_of(verb: str) -> Any:
     return import_module(f"{__package__}.{verb.replace('-', '_')}")
 
 
-def build_parser(verbs: Iterable[str]) -> Parser:
-    """The command line; of the verbs, only those given are known in detail, and others by name."""
+def build_parser(detailed: Iterable[str]) -> Parser:
+    """The command line of the given verbs, in detail; without any, all verbs are known by name.
+
+    Making a parser takes time, of which the user of one verb wants to wait for none that is not needed.
+    """
     parser = Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
@@ -69,12 +72,11 @@ def build_parser(verbs: Iterable[str]) -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     parser.add_argument("--completion", choices=("bash", "zsh"), help="print what makes a shell complete this command")
     subparsers: Subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog=PROGRAM)
-    detailed = set(verbs)
-    for verb, summary in VERBS.items():
-        if verb in detailed:
-            module_of(verb).add_parser(subparsers)
-        else:
-            subparsers.add_parser(verb, help=summary, add_help=False)
+    chosen = tuple(detailed)
+    for verb in chosen:
+        module_of(verb).add_parser(subparsers)
+    for verb, summary in VERBS.items() if not chosen else ():
+        subparsers.add_parser(verb, help=summary, add_help=False)
     return parser
 
 
