@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 from nbdserve.block import BlockDevice, Data, HostFile, HostOffset, Zero
 from nbdserve.block.file import ReadBuffer
 
-PIECE = 2 << 20  # bytes read and written at once
+PIECE = 1 << 20  # bytes read and written at once; what was read is still in the processor's cache when it is written
 _UNIT = 64 << 10  # bytes; smaller holes are not worth a request of their own
 _ZEROS = bytes(PIECE)
 _LONGEST_ZEROS = 1 << 30  # bytes zeroed at once, so that a cancelled copy ends soon

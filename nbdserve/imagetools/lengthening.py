@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nbdserve.block import BlockDevice
 from nbdserve.errors import OpenError
 from nbdserve.formats.raw import RawImage
 
-Preallocation = Literal["off", "falloc", "full"]
+if TYPE_CHECKING:
+    from nbdserve.formats.qcow2.writable import WritableQcow2Image
+
+Preallocation = Literal["off", "metadata", "falloc", "full"]
 
 
 def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, fill: Preallocation = "off") -> None:
@@ -17,7 +20,8 @@ def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, f
 
     Args:
         shrink: what lies behind a new, nearer end may be lost.
-        fill: falloc: set host space aside for what is new; full: write zeros there.
+        fill: for what is new. metadata: give every cluster its place; falloc: set host space aside, too; full: write
+            zeros there.
 
     Raises:
         OpenError: it cannot have that length, or would lose data that it may not.
@@ -27,7 +31,11 @@ def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, f
         raise OpenError(f"{name}: a disk cannot have {size} bytes")
     if size < device.size and not shrink:
         raise OpenError(f"{name}: would lose its last {device.size - size} bytes; say --shrink if that is meant")
-    if isinstance(device, RawImage) and not device.file.is_device:
+    if isinstance(device, RawImage) and device.file.is_device:
+        raise OpenError(f"{name}: a device keeps its length; resize what it stands for")
+    if isinstance(device, RawImage):
+        if fill == "metadata":
+            raise OpenError(f"{name}: a raw file has no metadata; choose falloc or full")
         _resize_raw(device, size, fill)
         return
     from nbdserve.formats.qcow2.resizing import resize as resize_qcow2
@@ -35,9 +43,22 @@ def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, f
 
     if not isinstance(device, WritableQcow2Image):
         raise OpenError(f"{name}: only raw files and qcow2 images change their length; convert it to another image")
-    if fill != "off":
-        raise OpenError(f"{name}: space is set aside only in raw files; leave --preallocation out")
+    if fill != "off" and device.backing is not None:
+        raise OpenError(f"{name}: over a backing file no space is set aside; leave --preallocation out")
+    old = device.size
     resize_qcow2(device, size)
+    if size > old and fill != "off":
+        _fill_qcow2(device, old, fill)
+
+
+def _fill_qcow2(image: WritableQcow2Image, old: int, fill: Preallocation) -> None:
+    file = image.data_file
+    for host, length in image.place_all(old):
+        if fill == "falloc":
+            os.posix_fallocate(file.fd, host, length)
+        elif fill == "full":
+            file.write_zeros(host, length)
+    image.flush()
 
 
 def _resize_raw(device: RawImage, size: int, fill: Preallocation) -> None:

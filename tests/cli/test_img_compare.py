@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.img import nbdimg
 from tests.imagetools.content import MIB, mixed
-from tests.reference import needs, qemu_check, qemu_content, qemu_img_create, qemu_info, qemu_io, run
+from tests.reference import needs, qemu_check, qemu_content, qemu_img_create, qemu_info, qemu_io, qemu_map, run
 
 
 def both(*arguments: str | Path) -> tuple[Any, Any]:
@@ -105,8 +105,36 @@ def test_resized_disks_are_whole(tmp_path: Path, format: str) -> None:
     assert "cannot have" in nbdimg("resize", "-f", format, path, "-9M", status=1)
 
 
+@needs("qemu-img", "qemu-io")
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+@pytest.mark.parametrize("fill", ["metadata", "falloc", "full"])
+def test_what_is_new_has_its_place(tmp_path: Path, format: str, fill: str) -> None:
+    ours, theirs = (qemu_img_create(tmp_path / name, "4M", format) for name in ("ours", "theirs"))
+    if (format, fill) == ("raw", "metadata"):
+        assert "no metadata" in nbdimg("resize", "-f", format, "--preallocation", fill, ours, "+3M", status=1)
+        return
+    for path in (ours, theirs):
+        qemu_io(path, "write -P 1 0 1M", "write -P 2 2M 2M", "discard 2M 2M", format=format)
+    nbdimg("resize", "-f", format, "--preallocation", fill, ours, "+3M")
+    run("qemu-img", "resize", "-f", format, f"--preallocation={fill}", theirs, "+3M")
+    assert qemu_content(ours, format) == b"\1" * MIB + bytes(6 * MIB)
+    told = [
+        [data for each in qemu_map(path, format) for data in [each["data"]] * (each["length"] >> 16)]
+        for path in (ours, theirs)
+    ]
+    assert told[0] == told[1]
+    if fill != "metadata":
+        assert ours.stat().st_blocks * 512 >= 4 * MIB
+    if format == "qcow2":
+        qemu_check(ours)
+
+
 @needs("qemu-img")
-def test_what_cannot_be_resized_stays(tmp_path: Path) -> None:
-    path = qemu_img_create(tmp_path / "disk.vdi", "4M", "vdi")
-    assert "convert" in nbdimg("resize", path, "8M", status=1)
-    assert qemu_info(path)["virtual-size"] == 4 * MIB
+@pytest.mark.parametrize("format", ["vdi", "vhdx", "vpc", "vmdk"])
+def test_what_cannot_be_resized_stays(tmp_path: Path, format: str) -> None:
+    path = qemu_img_create(tmp_path / "disk", "4M", format)
+    before = path.read_bytes()
+    message = nbdimg("resize", path, "8M", status=1)
+    assert "convert" in message
+    assert len(message.splitlines()) == 1
+    assert path.read_bytes() == before

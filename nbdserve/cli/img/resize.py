@@ -23,7 +23,10 @@ def add_parser(subparsers: Subparsers) -> None:
     add_format(parser)
     parser.add_argument("--shrink", action="store_true", help="what lies behind the new end may be lost")
     parser.add_argument(
-        "--preallocation", choices=("off", "falloc", "full"), default="off", help="for what is new in a raw file"
+        "--preallocation",
+        choices=("off", "metadata", "falloc", "full"),
+        default="off",
+        help="give what is new its place in the file: only in the tables, with host space, or written with zeros",
     )
     add_opening(parser, force_share=False)
     # argparse takes what begins with a minus for an option, but for what this matches.

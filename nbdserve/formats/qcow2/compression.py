@@ -19,6 +19,7 @@ from nbdserve.formats.qcow2.space import damaged
 _CACHE = 4 << 20  # bytes of decompressed clusters
 _MAXIMUM_WINDOW = 23  # log2 of bytes; RFC 8878 recommends that decoders support 8 MiB
 _DEFLATE_WINDOW = 12  # log2 of bytes
+_of_thread = threading.local()  # its packer: making one for zstd takes as long as compressing a cluster
 
 Inflate = Callable[[bytearray, int], bytes]
 """Compressed data and the most bytes wanted -> what it decompresses to; errors of any class mean damage."""
@@ -61,7 +62,10 @@ def pack_cluster(compression: CompressionType, content: bytes) -> bytes:
     if compression == CompressionType.ZLIB:
         packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -_DEFLATE_WINDOW)
         return packer.compress(content) + packer.flush()
-    packed: bytes = _zstd().compress(content)
+    zstd = getattr(_of_thread, "packer", None)
+    if zstd is None:
+        zstd = _of_thread.packer = _zstd().ZstdCompressor()
+    packed: bytes = zstd.compress(content, zstd.FLUSH_FRAME)
     return packed
 
 

@@ -65,6 +65,7 @@ SNAPSHOT_FIELDS = 60  # count (4), offset (8)
 INCOMPATIBLE_FIELD = 72  # 8 bytes
 COMPATIBLE_FIELD = 80  # 8 bytes
 AUTOCLEAR_FIELD = 88  # 8 bytes
+REFCOUNT_ORDER_FIELD = 96  # 4 bytes
 HEADER_LENGTH_FIELD = 100  # 4 bytes
 
 

@@ -107,6 +107,30 @@ def upgrade(file: HostFile) -> None:
     first.rewrite(fixed, extensions, first.name, first.header.backing_format)
 
 
+def downgrade(file: HostFile) -> None:
+    """Turn an image of version 3 into one of version 2; nothing but the header may need that. See downgrading.py.
+
+    Raises:
+        OSError: from the host.
+    """
+    first = _FirstCluster(file)
+    fixed = first.fixed_part[:4] + (2).to_bytes(4, "big") + first.fixed_part[8:FIRST_SIZE]
+    extensions = {kind: data for kind, data in first.extensions.items() if kind != Extension.FEATURE_NAMES}
+    first.rewrite(fixed, extensions, first.name, first.header.backing_format)
+
+
+def rename_data_file(file: HostFile, name: str) -> None:
+    """Record another name for the external data file, by which the image is to find it.
+
+    Raises:
+        OpenError: the header has no room for it.
+        OSError: from the host.
+    """
+    first = _FirstCluster(file)
+    extensions = {**first.extensions, Extension.DATA_FILE: os.fsencode(name)}
+    first.rewrite(first.fixed_part, extensions, first.name, first.header.backing_format)
+
+
 class _FirstCluster:
     """What the first cluster says now.
 

@@ -19,6 +19,7 @@ from nbdserve.formats.qcow2.entries import COMPRESSED, COPIED, ENTRY_SIZE, read_
 from nbdserve.formats.qcow2.header import (
     INCOMPATIBLE_FIELD,
     MAXIMUM_REFCOUNT_TABLE,
+    REFCOUNT_ORDER_FIELD,
     REFCOUNT_TABLE_FIELDS,
     Header,
     Incompatible,
@@ -27,13 +28,19 @@ from nbdserve.formats.qcow2.packing import empty_block, pack_block
 from nbdserve.formats.qcow2.refcounts import Row, append_row
 from nbdserve.formats.qcow2.snapshot_table import read_snapshots
 
+_SECTOR = 512
 
-def rebuild_refcounts(file: HostFile, header: Header) -> Header:
+
+def rebuild_refcounts(file: HostFile, header: Header, *, width: int | None = None) -> Header:
     """Make the refcounts of a dirty image right and clear its dirty bit; returns the header as it is then.
+
+    Args:
+        width: bits of each refcount from now on, for an image of version 3; None: as many as so far.
 
     Raises:
         FormatError: the tables lead outside the file, so that more is damaged than refcounts.
     """
+    header = replace(header, refcount_width=width or header.refcount_width)
     references = _References(file, header)
     l1 = read_table(file, header.l1_offset, header.l1_entries)
     snapshots, directory_size = read_snapshots(file, header)
@@ -55,15 +62,29 @@ def rebuild_refcounts(file: HostFile, header: Header) -> Header:
         for row in table_rows(header, read_table(file, offset, header.geometry.table_words)):
             references.add(*row, times)
 
+    if not header.incompatible & Incompatible.DIRTY:
+        file.write(INCOMPATIBLE_FIELD, (header.incompatible | Incompatible.DIRTY).to_bytes(8, "big"))
+        file.sync()
     table_offset, clusters = references.write()
-    file.write(REFCOUNT_TABLE_FIELDS, table_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))
-    file.sync()
+    _lead_to(file, header, table_offset, clusters)
     _restore_copied(file, header, l1, references)
     file.sync()
     clean = header.incompatible & ~Incompatible.DIRTY
     file.write(INCOMPATIBLE_FIELD, clean.to_bytes(8, "big"))
     file.sync()
     return replace(header, incompatible=clean, refcount_table_offset=table_offset, refcount_table_clusters=clusters)
+
+
+def _lead_to(file: HostFile, header: Header, table_offset: int, clusters: int) -> None:
+    """Let the header say where the refcounts are and how wide, with one write of its sector."""
+    sector = file.read(0, _SECTOR)
+    place = table_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
+    sector[REFCOUNT_TABLE_FIELDS : REFCOUNT_TABLE_FIELDS + len(place)] = place
+    if header.version >= 3:
+        order = header.refcount_width.bit_length() - 1
+        sector[REFCOUNT_ORDER_FIELD : REFCOUNT_ORDER_FIELD + 4] = order.to_bytes(4, "big")
+    file.write(0, sector)
+    file.sync()
 
 
 def table_rows(header: Header, table: array[int]) -> list[Row]:
@@ -110,7 +131,9 @@ class _References:
             if block is None:
                 block = self._blocks[index] = empty_block(self._width, self._per_block)
             if block[position] + times >= 1 << self._width:
-                raise self._damaged(f"cluster {cluster} has more references than its refcount can hold")
+                raise FormatError(
+                    f"{self._file.name}: cluster {cluster} has more references than {self._width} bits can hold"
+                )
             block[position] += times
 
     def count(self, cluster: int) -> int:

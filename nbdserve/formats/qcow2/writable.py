@@ -14,7 +14,7 @@ from nbdserve.block.extents import HostOffset
 from nbdserve.block.file import HostFile, ReadBuffer
 from nbdserve.formats.qcow2.allocating import AllocatingImage
 from nbdserve.formats.qcow2.compression import CompressedClusters, pack_cluster
-from nbdserve.formats.qcow2.entries import ALL_SUBCLUSTERS, COPIED, ENTRY_SIZE
+from nbdserve.formats.qcow2.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, ENTRY_SIZE, ZERO
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.mapping import Mapping
 from nbdserve.formats.qcow2.space import HostSpace
@@ -153,16 +153,19 @@ class WritableQcow2Image(AllocatingImage):
         self._mapping.touch(offset >> self._table_shift, index, index + self._geometry.words)
         self._places.free(before)
 
-    def place_all(self) -> Iterator[tuple[int, int]]:
-        """Give every cluster of an empty disk a place; yields the rows of it in the file (offset, bytes)."""
-        cluster, stop = 0, -(-self.size >> self._cluster_bits)
+    def place_all(self, offset: int = 0) -> Iterator[tuple[int, int]]:
+        """Give every cluster from a guest offset on a place, where there is nothing yet and the disk reads as zeros;
+        yields the rows of it in the file (offset, bytes)."""
+        cluster, stop = -(-offset >> self._cluster_bits), -(-self.size >> self._cluster_bits)
         placed = (COPIED,) if self._geometry.words == 1 else (COPIED, ALL_SUBCLUSTERS)
         while cluster < stop:
             self._flush_if_due()
             with self._allocating:
                 table = self._table_for_change(cluster << self._cluster_bits)
                 index = cluster & self._index_mask
-                first, count, _ = self._places.allocate(cluster, min(stop - cluster, self._index_mask + 1 - index))
+                first, count, zeroed = self._places.allocate(cluster, min(stop - cluster, self._index_mask + 1 - index))
+                if not zeroed:
+                    self.data_file.write_zeros(first << self._cluster_bits, count << self._cluster_bits)
                 words = array("Q", placed) * count
                 for number in range(count):
                     words[number * len(placed)] |= first + number << self._cluster_bits
@@ -171,6 +174,23 @@ class WritableQcow2Image(AllocatingImage):
                 self._mapping.touch(cluster >> self._index_mask.bit_length(), low, low + len(words))
             yield first << self._cluster_bits, count << self._cluster_bits
             cluster += count
+
+    def clear_zero_flags(self) -> None:
+        """Let no L2 entry say zeros by its flag, which version 2 does not know: where nothing lies below, none says the
+        same; elsewhere zeros are written."""
+        for key in range(len(self._mapping.l1)):
+            for index, entry in enumerate(self._mapping.table(key) or ()):
+                offset = (key << self._table_shift) + (index << self._cluster_bits)
+                if entry & (COMPRESSED | ZERO) != ZERO:
+                    continue
+                if offset < self.size and not self._is_above_backing(offset):
+                    self.write(offset, bytes(min(self._host_cluster, self.size - offset)))
+                    continue
+                self._flush_if_due()
+                with self._allocating:
+                    self._table_for_change(offset)[index] = 0
+                    self._mapping.touch(key, index, index + 1)
+                    self._places.free(entry)
 
     def give_up_from(self, offset: int) -> None:
         """Forget all clusters from a guest offset on, a multiple of the cluster size: the disk ends before them."""
