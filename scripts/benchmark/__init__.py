@@ -1,8 +1,9 @@
-"""Our server and its peers, measured side by side: `scripts/bench`.
+"""Our programs and their peers, measured side by side: `scripts/bench`.
 
     images    the disks that are served
     servers   how each server is started, watched and stopped
     cases     what is measured, and how one measurement is made
+    tools     nbdimg beside qemu-img
     report    a table, JSON and a picture of the ratios
 
 Every figure of a case is taken from all servers in turn, round after round, so that a machine that grows slower or

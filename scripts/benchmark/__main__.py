@@ -13,6 +13,7 @@ from benchmark import report
 from benchmark.cases import Case, all_cases
 from benchmark.images import MIB, Images
 from benchmark.servers import Place, Server, free_port, installed, running
+from benchmark.tools import TOOL_CASES, measured
 from nbdserve.certificates import make_certificates
 
 _PEERS = ("qemu-nbd", "nbdkit", "nbd-server")
@@ -21,10 +22,11 @@ _PEERS = ("qemu-nbd", "nbdkit", "nbd-server")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Measure nbdserve beside qemu-nbd, nbdkit and nbd-server, as far as they are installed; fio with "
-        "its nbd engine, qemu-img and nbdcopy have to be. What counts are the ratios: how many times better it is.",
+        description="Measure nbdserve beside qemu-nbd, nbdkit and nbd-server, as far as they are installed, and nbdimg "
+        "beside qemu-img; fio with its nbd engine, qemu-img and nbdcopy have to be there. What counts are ratios: how "
+        "many times better ours is.",
     )
-    parser.add_argument("-r", "--rounds", type=int, default=5, help="measurements of each server in a case (5)")
+    parser.add_argument("-r", "--rounds", type=int, default=5, help="measurements of each program in a case (5)")
     parser.add_argument("-s", "--seconds", type=float, default=2.0, help="length of one measurement with fio (2)")
     parser.add_argument("-c", "--cases", metavar="REGEX", default="", help="only cases whose names match")
     parser.add_argument("-p", "--peers", nargs="*", default=_PEERS, choices=_PEERS, help="measure only these peers")
@@ -40,10 +42,12 @@ def main() -> int:
     """Measure, print, write."""
     options = _parser().parse_args()
     cases = [case for case in all_cases(options.size * MIB) if re.search(options.cases, case.name)]
+    tools = [case for case in TOOL_CASES if re.search(options.cases, case.name)]
     if options.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(case.name for case in (*cases, *tools)))
         return 0
-    if missing := [tool for tool in ("fio", "qemu-img", "nbdcopy") if not shutil.which(tool)]:
+    wanted = ("fio", "qemu-img", "nbdcopy") if cases else ("qemu-img",)
+    if missing := [tool for tool in wanted if not shutil.which(tool)]:
         print(f"scripts/bench: {', '.join(missing)} not found; install it first", file=sys.stderr)
         return 1
     servers = installed(options.peers)
@@ -56,6 +60,9 @@ def main() -> int:
             if row.samples:
                 rows.append(row)
                 print(report.line(row), flush=True)
+        for row in measured(tools, images, options.rounds):
+            rows.append(row)
+            print(report.line(row), flush=True)
     if options.json:
         options.json.write_text(report.as_json(rows, options.rounds))
     if options.picture:

@@ -64,6 +64,26 @@ class Images:
                 file.write(b"".join(chance.choices(words, k=4000))[:missing])
         return Image(path, "raw")
 
+    def _mixed(self, path: Path) -> Image:
+        """Runs of what disks hold: nothing, what compresses and what does not, of 64 KiB to 8 MiB each."""
+        random_bytes, text = (self.get(kind).path.read_bytes() for kind in ("raw", "text"))
+        chance = random.Random(3)
+        with path.open("wb") as file:
+            while (missing := self.size - file.tell()) > 0:
+                start = file.tell()
+                length = min(missing, (64 << 10) << chance.randrange(8))
+                content = chance.choices((b"", random_bytes, text), (4, 2, 4))[0]
+                file.write(content[start : start + length])
+                file.seek(start + length)
+            file.truncate(self.size)
+        return Image(path, "raw")
+
+    def _mixed_qcow2(self, path: Path) -> Image:
+        return self._converted(self.get("mixed"), path, "qcow2")
+
+    def _mixed_compressed(self, path: Path) -> Image:
+        return self._converted(self.get("mixed"), path, "qcow2", "-c")
+
     def _qcow2(self, path: Path) -> Image:
         return self._converted(self.get("raw"), path, "qcow2")
 

@@ -9,18 +9,33 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
-from benchmark.cases import Case, Sample
+from benchmark.cases import Sample
 
 OURS = "nbdserve"
-_COLOURS = {"qemu-nbd": "#4878a8", "nbdkit": "#e08840", "nbd-server": "#6a9a58"}
+_COLOURS = {"qemu-nbd": "#4878a8", "qemu-img": "#4878a8", "nbdkit": "#e08840", "nbd-server": "#6a9a58"}
+
+
+class Measured(Protocol):
+    """What a row has to know of a case."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def less_is_better(self) -> bool: ...
 
 
 @dataclass
 class Row:
-    """A case with the samples of every server that took part."""
+    """A case with the samples of every program that took part, one of which is ours."""
 
-    case: Case
+    case: Measured
+    ours: str = OURS
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
     def value(self, server: str) -> float:
@@ -33,18 +48,18 @@ class Row:
 
     def ratio(self, peer: str) -> float:
         """How many times better ours is."""
-        ours, theirs = self.value(OURS), self.value(peer)
+        ours, theirs = self.value(self.ours), self.value(peer)
         return theirs / ours if self.case.less_is_better else ours / theirs
 
     @property
     def peers(self) -> list[str]:
         """The others that took part."""
-        return [name for name in self.samples if name != OURS]
+        return [name for name in self.samples if name != self.ours]
 
 
 def line(row: Row) -> str:
     """A row of the table that people read."""
-    ours = f"{row.value(OURS):,.4g} {row.case.unit}"
+    ours = f"{row.value(row.ours):,.4g} {row.case.unit}"
     peers = "  ".join(f"{peer} {row.value(peer):,.4g} ({row.ratio(peer):.2f}x)" for peer in row.peers)
     return f"{row.case.name:<48} {ours:>14}   {peers}"
 
