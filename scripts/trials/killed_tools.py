@@ -1,4 +1,4 @@
-"""The image tools, killed at any system call: inputs are whole, outputs absent or complete, and a rerun comes to the end.
+"""The image tools, killed at any moment: inputs are whole, outputs absent or complete, and a rerun comes to the end.
 
 What is done, and what has to hold, is said in tests.imagetools.killing.
 """
