@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import HelpFormatter, run, say, short_size
+from nbdserve.cli.common import HelpFormatter, format_help, run, say, short_size
 from nbdserve.errors import OpenError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options] IMAGE\n       %(prog)s --detach DEVICE | --detach --all\n"
         "       %(prog)s --list [--json]\n       %(prog)s --reconnect DEVICE\n"
         "       %(prog)s loop [--mount DIR] [--read-only] IMAGE PARTITION",
-        description="Attach a disk image (qcow2, VHD, raw ...) to a device of the kernel, with its partitions.",
+        description="Attach a disk image, of any format, to a device of the kernel, with its partitions.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -54,9 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     image = result.add_argument_group("attaching")
     image.add_argument("-c", "--device", type=_device, metavar="DEVICE", help="/dev/nbdN; default: any that is free")
-    image.add_argument(
-        "-f", "--format", metavar="FMT", help="qcow2, vpc (vhd), raw ...; default: recognised by content"
-    )
+    image.add_argument("-f", "--format", metavar="FMT", help=format_help())
     image.add_argument("-r", "--read-only", action="store_true", help="let nothing write to it")
     image.add_argument("-l", "--snapshot", metavar="NAME", help="an internal snapshot (name or ID), read-only")
     image.add_argument(

@@ -49,6 +49,13 @@ def byte_size(text: str) -> int:
     return (whole * scale + int(fraction or 0) << _UNITS[found[3]]) // scale
 
 
+def format_help() -> str:
+    """What --format takes."""
+    from nbdserve.formats import FORMATS
+
+    return f"{', '.join(FORMATS)}; default: recognised by content"
+
+
 def add_force_share(group: argparse._ArgumentGroup) -> None:
     """The option for a look at an image that a running machine writes to, spelt as qemu-img and qemu-io do."""
     group.add_argument(

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, NoReturn
 import nbdserve
 from nbdserve.block import BlockDevice
 from nbdserve.cli.certificates import add_certificate_options, make
-from nbdserve.cli.common import HelpFormatter, add_force_share, add_references, byte_size, policy_of, run, say
+from nbdserve.cli.common import (
+    HelpFormatter,
+    add_force_share,
+    add_references,
+    byte_size,
+    format_help,
+    policy_of,
+    run,
+    say,
+)
 from nbdserve.errors import NbdserveError
 
 if TYPE_CHECKING:
@@ -40,17 +49,19 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog=PROGRAM,
         usage="%(prog)s [options] IMAGE\n       %(prog)s --make-certs DIR [--host NAME]... [--client NAME]...",
-        description="Serve a disk image (qcow2, VHD, raw or a block device) over NBD.",
+        description="Serve a disk image, of any format or on a block device, over NBD.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("image", metavar="IMAGE", nargs="?", help="the image file or block device")
+    result.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="the image file, block device, or URI of an NBD server"
+    )
     result.add_argument("-V", "--version", action="version", version=f"%(prog)s {nbdserve.__version__}")
     result.add_argument("-v", "--verbose", action="store_true", help="tell of clients that come and go")
 
     image = result.add_argument_group("the image")
-    image.add_argument("-f", "--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
+    image.add_argument("-f", "--format", metavar="FMT", help=format_help())
     image.add_argument("-r", "--read-only", action="store_true", help="refuse writes, open nothing for writing")
     add_force_share(image)
     image.add_argument(

@@ -165,7 +165,7 @@ def _opened(size: int, target: Target, policy: ReferencePolicy | None) -> Iterat
         else:
             made = held.enter_context(staged(path, beside=below is not None, durable=target.durable))
         passphrase = None if policy is None else policy.passphrase
-        make_image(made, target.format, size, target.values, below, passphrase=passphrase, durable=in_place)
+        make_image(made, target.format, size, target.values, below, durable=in_place, passphrase=passphrase)
         with open_image(made, format=target.format, policy=policy, durable=in_place) as device:
             if target.format == "luks":  # reads as random bytes, not as zeros
                 device.zero(size, device.size - size)

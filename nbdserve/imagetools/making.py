@@ -144,6 +144,7 @@ def make_image(
     values: Values,
     backing: Backing | None = None,
     *,
+    durable: bool = True,
     passphrase: GetPassphrase | None = None,
     durable: bool = True,
 ) -> None:
@@ -153,6 +154,7 @@ def make_image(
         format: a name of formats.FORMATS.
         size: of the disk, in bytes.
         values: options of that format; size and the backing file are not taken from there.
+        durable: bring it to stable storage; False where the caller sees to that.
         passphrase: for an image that is to be encrypted.
         durable: bring it to stable storage; False where the caller sees to that.
 

@@ -123,7 +123,7 @@ def _outcome(ended: _Running, trial: Trial) -> Outcome:
         shutil.rmtree(ended.folder)
         return Outcome(ended.number, "", ended.folder, Counter(json.loads(text)))
     end = os.waitstatus_to_exitcode(status)
-    if end == -signal.SIGABRT:
+    if end == -signal.SIGABRT and time.monotonic() > ended.deadline:
         text += f"ended after {trial.seconds:.0f} seconds\n"
     elif end < 0:
         text += f"died of signal {-end} ({signal.strsignal(-end)})\n"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from nbdserve.cli.common import HelpFormatter, add_references, policy_of, say
+from nbdserve.cli.common import HelpFormatter, add_references, format_help, policy_of, say
 
 if TYPE_CHECKING:
     from nbdserve.block import BlockDevice
@@ -51,7 +51,7 @@ def add_format(parser: argparse.ArgumentParser, *names: str, help: str = "") -> 
     parser.add_argument(
         *(names or ("-f", "--format")),
         metavar="FMT",
-        help=help or "qcow2, raw, vpc, vhdx, vdi, vmdk or luks; default: recognised by content",
+        help=help or format_help(),
     )
 
 

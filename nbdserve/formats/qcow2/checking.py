@@ -246,7 +246,9 @@ class _Check:
                 continue
             if not self._is_sound(entry, bitmap):
                 subclusters = f" with subclusters {bitmap:#x}" if geometry.words > 1 else ""
-                found.corruption(f"L2 entry {entry:#x}{subclusters} in the table at {offset:#x} is impossible")
+                found.corruption(
+                    f"L2 entry {entry:#x}{subclusters} in the table at {offset:#x} leads nowhere or contradicts itself"
+                )
                 continue
             if not geometry.is_placed(entry):
                 continue
