@@ -146,7 +146,6 @@ def make_image(
     *,
     durable: bool = True,
     passphrase: GetPassphrase | None = None,
-    durable: bool = True,
 ) -> None:
     """Make an image that does not exist yet.
 
@@ -156,7 +155,6 @@ def make_image(
         values: options of that format; size and the backing file are not taken from there.
         durable: bring it to stable storage; False where the caller sees to that.
         passphrase: for an image that is to be encrypted.
-        durable: bring it to stable storage; False where the caller sees to that.
 
     Raises:
         OpenError: such an image cannot be, with the reason in one line.
