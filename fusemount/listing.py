@@ -7,9 +7,7 @@ from typing import Any
 
 from fusemount.volumes import Volume, Warn, read_volumes
 from nbdserve.block import BlockDevice
-from nbdserve.cli.common import printable
-
-_UNITS = ("B", "K", "M", "G", "T", "P", "E")
+from nbdserve.cli.common import printable, short_size
 
 
 def describe(image: str, device: BlockDevice, warn: Warn) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def as_table(description: dict[str, Any]) -> str:
         state = "dirty" if each["dirty"] else "clean" if each["mode"] else "-"
         label = each["label"] or each["partition_label"] or "-"
         kind = each["filesystem"] or "-"
-        row = (each["name"], str(each["offset"]), _size(each["size"]), kind, each["mode"] or "-", state, label)
+        row = (each["name"], str(each["offset"]), short_size(each["size"]), kind, each["mode"] or "-", state, label)
         rows.append((*row, each["uuid"] or "-"))
         if each["remark"]:
             remarks.append(f"{each['name']}: {each['remark']}")
@@ -69,11 +67,3 @@ def as_table(description: dict[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join([*lines, *map(printable, remarks)])
-
-
-def _size(size: int) -> str:
-    """Rounded to at most one digit behind the point: 1.5G."""
-    value, unit = float(size), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.1f}".removesuffix(".0") + _UNITS[unit]

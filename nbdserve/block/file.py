@@ -72,6 +72,8 @@ class HostFile:
             OpenError: it does not exist, may not be opened, or is neither of the two.
         """
         name = os.fspath(path)
+        if not name:
+            raise OpenError("the name of an image is empty; give its path")
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
             # O_NONBLOCK: opening a fifo that nobody writes to must not hang; files and disks ignore it.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import HelpFormatter, format_help, run, say
+from nbdserve.cli.common import HelpFormatter, format_help, run, say, short_size
 from nbdserve.errors import OpenError
 
 if TYPE_CHECKING:
@@ -189,9 +189,9 @@ def _attach(options: argparse.Namespace) -> None:
         return
     mountpoint = options.mount and os.path.abspath(options.mount)
     device = attach(request, options.backend, mountpoint, options.partition, System(), _tell)
-    print(f"{device.path}\t{_human(device.size)}")
+    print(f"{device.path}\t{short_size(device.size)}")
     for partition in device.partitions:
-        print(f"{partition.path}\t{_human(partition.size)}")
+        print(f"{partition.path}\t{short_size(partition.size)}")
     if mountpoint:
         print(f"mounted at {mountpoint}")
 
@@ -287,12 +287,13 @@ def _list(options: argparse.Namespace) -> None:
         server = f"{each['backend']}, process {each['pid']}" if each["backend"] else f"process {each['pid']}"
         stale = f"  stale: its server is dead; 'nbdattach --detach {each['device']}'" if each["stale"] else ""
         access = "read-only" if each["read_only"] else "read-write"
-        print(f"{each['device']}  {_human(each['size'])}  {access}  {each['image'] or '?'}  ({server}){stale}")
+        print(f"{each['device']}  {short_size(each['size'])}  {access}  {each['image'] or '?'}  ({server}){stale}")
         for mount in each["mounts"]:
             print(f"  mounted at {mount}")
         for part in each["partitions"]:
             print(
-                "  " + "  ".join([part["device"], _human(part["size"]), *(f"mounted at {m}" for m in part["mounts"])])
+                "  "
+                + "  ".join([part["device"], short_size(part["size"]), *(f"mounted at {m}" for m in part["mounts"])])
             )
 
 
@@ -323,13 +324,6 @@ def _description(state: Attached) -> dict[str, Any]:
 
 def _paths(state: Attached) -> list[str]:
     return [state.device.path, *(partition.path for partition in state.device.partitions)]
-
-
-def _human(size: int) -> str:
-    for unit, shift in (("T", 40), ("G", 30), ("M", 20), ("K", 10)):
-        if size >= 1 << shift:
-            return f"{size / (1 << shift):.4g}{unit}"
-    return f"{size}"
 
 
 # Without NBD

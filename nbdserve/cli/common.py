@@ -100,6 +100,25 @@ def policy_of(options: argparse.Namespace) -> ReferencePolicy:
     return ReferencePolicy(tuple(map(Path, options.allow_path)), options.trust_references, options.passphrase)
 
 
+def human_size(size: int) -> str:
+    """A number of bytes with a unit, in at most three significant digits, as qemu-img prints it: 1.5 GiB."""
+    number, unit = _scaled(size)
+    return f"{number} {unit}iB" if unit else f"{number} B"
+
+
+def short_size(size: int) -> str:
+    """The same in one word, for the columns of tables: 1.5G."""
+    return "".join(_scaled(size))
+
+
+def _scaled(size: int) -> tuple[str, str]:
+    """Three significant digits, and the letter of the power of 1024 that goes with them."""
+    unit = max(0, min(6, (size.bit_length() - 1) // 10))
+    if size and size / (1 << 10 * unit) >= 999.5 and unit < 6:
+        unit += 1
+    return f"{size / (1 << 10 * unit):.3g}", ("", *"KMGTPE")[unit]
+
+
 def printable(text: str) -> str:
     """Text that comes from elsewhere, say a file's name, with escapes for what a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -45,6 +45,8 @@ def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, f
         raise OpenError(f"{name}: only raw files and qcow2 images change their length; convert it to another image")
     if fill != "off" and device.backing is not None:
         raise OpenError(f"{name}: over a backing file no space is set aside; leave --preallocation out")
+    if fill in ("metadata", "falloc") and device.header.encryption:
+        raise OpenError(f"{name}: is encrypted, where new space reads as zeros only once it is written; choose full")
     old = device.size
     resize_qcow2(device, size)
     if size > old and fill != "off":

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import threading
 
-from nbdserve.block import BlockDevice, Computed, Data, Extent
+from nbdserve.block import BlockDevice, Computed, Data, Extent, HostFile
 from nbdserve.block.file import WriteBuffer
+from nbdserve.errors import OpenError
 from nbdserve.formats.newfile import new_file
 
 _SECTOR = 512
+_MAGIC = b"# Mapfile."
 
 
 class Salvaged(BlockDevice):
@@ -53,14 +55,31 @@ class Salvaged(BlockDevice):
                 self.unreadable.append((offset, len(view)))
 
 
+def demand_map_place(path: str) -> None:
+    """Refuse a name under which something other than a map would be lost.
+
+    Raises:
+        OpenError: there is such a file.
+    """
+    if not os.path.lexists(path):
+        return
+    with HostFile.open(path, writable=False) as file:
+        if bytes(file.read(0, len(_MAGIC))) != _MAGIC:
+            raise OpenError(f"{path}: exists and is no map of unreadable parts; choose another name for that")
+
+
 def write_map(path: str, size: int, unreadable: list[tuple[int, int]]) -> None:
-    """Write the list; an existing file is replaced.
+    """Write the list; an existing one is replaced (see demand_map_place()).
 
     Args:
         size: of the source, in bytes.
         unreadable: (offset, bytes) of each part, in any order.
     """
-    lines = ["# Mapfile. Written by nbdimg", "# current_pos  current_status  current_pass", f"{size:#010x}  +  1"]
+    lines = [
+        f"{_MAGIC.decode()} Written by nbdimg",
+        "# current_pos  current_status  current_pass",
+        f"{size:#010x}  +  1",
+    ]
     lines.append("#      pos        size  status")
     position = 0
     for offset, length in _merged(unreadable):

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from nbdserve import locking
 from nbdserve.block import HostFile
+from nbdserve.errors import NbdserveError, OpenError
 
 
 @contextmanager
@@ -39,10 +40,14 @@ def staged(path: str, *, beside: bool = False, durable: bool = True) -> Iterator
             locking.lock(file, locking.WRITER)
             former = os.fstat(file.fd)
         stage = os.path.join(folder, f".{base[:200]}.{os.urandom(4).hex()}.partial")
-        os.mkdir(stage, 0o700)
+        try:
+            os.mkdir(stage, 0o700)
+        except OSError as error:
+            raise OpenError(f"{path}: cannot be made there: {error.strerror}; choose another place") from None
         made = f"{stage}.file" if beside else os.path.join(stage, base)
         try:
-            yield made
+            with _told_as(made, path):
+                yield made
             if beside:
                 os.rename(made, os.path.join(stage, base))
             if former is not None:
@@ -60,6 +65,19 @@ def staged(path: str, *, beside: bool = False, durable: bool = True) -> Iterator
                 os.rmdir(stage)
             with suppress(OSError):
                 os.unlink(f"{stage}.file")
+
+
+@contextmanager
+def _told_as(made: str, path: str) -> Iterator[None]:
+    """Let errors speak of the name that the user gave."""
+    try:
+        yield
+    except NbdserveError as error:
+        raise type(error)(str(error).replace(made, path)) from None
+    except OSError as error:
+        if error.filename == made:
+            error.filename = path
+        raise
 
 
 def is_device(path: str) -> bool:

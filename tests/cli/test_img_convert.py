@@ -149,11 +149,40 @@ def test_unreadable_parts_are_zeros_and_listed(tmp_path: Path) -> None:
     target, listed = tmp_path / "copy.raw", tmp_path / "bad.map"
     assert "damaged" in nbdimg("convert", source, target, status=1)
     assert not target.exists()
+    for kept in (source, Path(__file__)):  # no other file is lost to the list
+        before = kept.read_bytes()
+        assert "is no map" in nbdimg("convert", "--skip-errors", kept, source, target, status=1)
+        assert kept.read_bytes() == before
+    assert "give the target" in nbdimg("convert", "--skip-errors", target, source, target, status=1)
     nbdimg("convert", "--skip-errors", listed, source, target)
     expected = bytearray(b"\1" * MIB)
     expected[131072:196608] = bytes(65536)
     assert target.read_bytes() == expected
     assert "0x00020000  0x00010000  -" in listed.read_text()
+    stream = tmp_path / "copy.vmdk"
+    nbdimg("convert", "--skip-errors", listed, "-o", "subformat=streamOptimized", source, stream)
+    assert qemu_content(stream, "vmdk") == expected
+    assert "0x00020000  0x00010000  -" in listed.read_text()
+
+
+@needs("qemu-img")
+@pytest.mark.parametrize("cache", ["unsafe", "writeback", "none"])
+def test_a_new_copy_waits_for_the_storage_only_if_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """A copy that replaces another image always does: otherwise a crash could take both."""
+    synced: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    content = mixed(tmp_path / "source.raw")
+    target = tmp_path / "target.qcow2"
+    nbdimg("convert", "-t", cache, "-f", "raw", tmp_path / "source.raw", target)
+    assert bool(synced) == (cache != "unsafe")
+    synced.clear()
+    nbdimg("convert", "-t", cache, "-f", "raw", tmp_path / "source.raw", target)
+    assert any(path.endswith("/target.qcow2") for path in synced)
+    assert synced[-1] == str(tmp_path)
+    assert qemu_content(target, "qcow2") == content
 
 
 def test_refusals(tmp_path: Path) -> None:

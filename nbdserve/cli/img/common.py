@@ -109,15 +109,6 @@ def open_named(
     )
 
 
-def human_size(size: int) -> str:
-    """A number of bytes with a unit, in at most three significant digits, as qemu-img prints it."""
-    unit = max(0, min(6, (size.bit_length() - 1) // 10))
-    if size and size / (1 << 10 * unit) >= 999.5 and unit < 6:
-        unit += 1
-    number = f"{size / (1 << 10 * unit):.3g}"
-    return f"{number} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[unit]}"
-
-
 def print_json(value: Any) -> None:
     """A value as JSON, indented as qemu-img does."""
     import json

@@ -104,6 +104,12 @@ def run(options: argparse.Namespace) -> int:
         and os.path.samefile(options.source, options.target)
     ):
         raise OpenError(f"{options.target}: is the source as well; give the target another name")
+    if options.skip_errors:
+        from nbdserve.imagetools.rescue import demand_map_place
+
+        demand_map_place(options.skip_errors)
+        if os.path.realpath(options.skip_errors) == os.path.realpath(options.target):
+            raise OpenError(f"{options.target}: is to be the map as well; give the target another name")
     with open_named(options, options.source, format=options.format, snapshot=_snapshot(options.snapshot)) as whole:
         source = whole
         if options.partition is not None:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from nbdserve.cli.common import policy_of
-from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_output, add_verb, human_size, print_json
+from nbdserve.cli.common import human_size, policy_of
+from nbdserve.cli.img.common import Subparsers, add_format, add_opening, add_output, add_verb, print_json
 
 EXAMPLES = """\
   nbdimg info disk.qcow2

@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from nbdserve.cli.common import policy_of, printable
+from nbdserve.cli.common import human_size, policy_of, printable
 from nbdserve.cli.img.common import (
     Subparsers,
     add_format,
     add_opening,
     add_output,
     add_verb,
-    human_size,
     open_named,
     print_json,
     warn,
