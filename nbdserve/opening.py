@@ -59,6 +59,11 @@ class ReferencePolicy:
     passphrase: GetPassphrase | None = None
 
 
+def format_names() -> tuple[str, ...]:
+    """All formats there are, by the table's names."""
+    return tuple(FORMATS)
+
+
 def known_format(name: str) -> str:
     """The table's name for what a user calls a format.
 

@@ -51,9 +51,9 @@ def byte_size(text: str) -> int:
 
 def format_help() -> str:
     """What --format takes."""
-    from nbdserve.formats import FORMATS
+    from nbdserve.opening import format_names
 
-    return f"{', '.join(FORMATS)}; default: recognised by content"
+    return f"{', '.join(format_names())}; default: recognised by content"
 
 
 def add_force_share(group: argparse._ArgumentGroup) -> None:
