@@ -15,6 +15,8 @@ from nbdserve.block import BlockDevice, HostFile
 from nbdserve.formats import GetPassphrase, OpenOptions
 from nbdserve.formats.luks import keyslots, open_image
 from nbdserve.formats.luks.header import Area, Header
+from nbdserve.opening import ReferencePolicy
+from nbdserve.opening import open_image as open_named
 from tests.formats.qcow2_images import references_of
 from tests.reference import run
 
@@ -156,3 +158,8 @@ def change_luks2(path: Path, change: Callable[[dict[str, Any]], object]) -> None
 def in_base64(content: bytes) -> str:
     """Bytes as they stand in JSON."""
     return base64.b64encode(content).decode()
+
+
+def open_image_by_name(path: Path) -> BlockDevice:
+    """Open an image as the command lines do."""
+    return open_named(path, policy=ReferencePolicy(passphrase=passphrase))
