@@ -9,9 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nbdserve.block import BlockDevice, HostFile
 from nbdserve.formats import GetPassphrase, OpenOptions
-from nbdserve.formats.luks import open_image
+from nbdserve.formats.luks import keyslots, open_image
+from nbdserve.formats.luks.header import Area, Header
+from nbdserve.opening import ReferencePolicy
+from nbdserve.opening import open_image as open_named
 from tests.formats.qcow2_images import references_of
 from tests.reference import run
 
@@ -40,6 +45,18 @@ def open_luks(
         raise
 
 
+def remember_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derive the key of an image once only, for tests that open it, and what crashes leave of it, very often."""
+    keys: dict[bytes, bytes] = {}
+
+    def unlock(area: Area, header: Header, passphrase: GetPassphrase | None) -> bytes:
+        if header.digest not in keys:
+            keys[header.digest] = keyslots.unlock(area, header, passphrase)
+        return keys[header.digest]
+
+    monkeypatch.setattr("nbdserve.formats.luks.opening.unlock", unlock)
+
+
 def as_qemu_opens(path: Path, format: str = "luks", more: str = "") -> list[str]:
     """The arguments by which QEMU's tools open an encrypted image."""
     prefix = "encrypt." if format == "qcow2" else ""
@@ -60,20 +77,17 @@ def qemu_io_on(path: Path, *commands: str, format: str = "luks", more: str = "")
     return run("qemu-io", *(part for each in commands for part in ("-c", each)), *as_qemu_opens(path, format, more))
 
 
-def qemu_check_of(path: Path) -> None:
+def qemu_check_of(path: Path, more: str = "") -> None:
     """qemu-img check finds nothing wrong with an encrypted qcow2 image, but for leaks."""
-    run("qemu-img", "check", *as_qemu_opens(path, "qcow2"))
+    run("qemu-img", "check", *as_qemu_opens(path, "qcow2", more))
 
 
-def qemu_create(path: Path, size: int | str, format: str = "luks", **options: str | int) -> Path:
-    """qemu-img create."""
+def qemu_create(path: Path, size: int, format: str = "luks") -> Path:
+    """qemu-img create, which takes two seconds to find out how quick this machine is."""
     names = {"encrypt.format": "luks", "encrypt.key-secret": "s", "encrypt.iter-time": 10}
     wanted = names if format == "qcow2" else {"key-secret": "s", "iter-time": 10}
-    below = []
-    if "backing_file" in options:
-        below = ["-b", str(options.pop("backing_file")), "-F", str(options.pop("backing_fmt")), "-u"]
-    listed = ",".join(f"{name}={value}" for name, value in {**wanted, **options}.items())
-    run("qemu-img", "create", "-q", "-f", format, *SECRET, "-o", listed, *below, path, str(size))
+    listed = ",".join(f"{name}={value}" for name, value in wanted.items())
+    run("qemu-img", "create", "-q", "-f", format, *SECRET, "-o", listed, path, str(size))
     return path
 
 
@@ -144,3 +158,8 @@ def change_luks2(path: Path, change: Callable[[dict[str, Any]], object]) -> None
 def in_base64(content: bytes) -> str:
     """Bytes as they stand in JSON."""
     return base64.b64encode(content).decode()
+
+
+def open_image_by_name(path: Path) -> BlockDevice:
+    """Open an image as the command lines do."""
+    return open_named(path, policy=ReferencePolicy(passphrase=passphrase))

@@ -200,7 +200,7 @@ def test_no_passphrase(tmp_path: Path) -> None:
         create_image(tmp_path / "new", MIB, None)
 
 
-@needs("module:cryptography", "qemu-img")
+@needs("module:cryptography", "cryptsetup")
 def test_a_newline_at_the_end(tmp_path: Path) -> None:
     """An editor's does not count, but one that belongs to the passphrase does."""
     luks.open_luks(made(tmp_path), secret=lambda: b"secret\n").close()
@@ -208,9 +208,10 @@ def test_a_newline_at_the_end(tmp_path: Path) -> None:
     with pytest.raises(OpenError, match="ends with a newline"):
         create_image(image, MIB, lambda: b"secret\n")
     assert not image.exists()
-    (tmp_path / "file").write_bytes(b"secret\n")
-    secret = f"secret,id=s,file={tmp_path / 'file'}"
-    run("qemu-img", "create", "-q", "-f", "luks", "--object", secret, "-o", "key-secret=s,iter-time=10", image, "1M")
+    key, options = tmp_path / "key", ("--type", "luks1", "--pbkdf-force-iterations", "1000")
+    key.write_bytes(b"secret\n")
+    image.write_bytes(bytes(3 * MIB))
+    run("cryptsetup", "luksFormat", "-q", *options, "--key-file", key, image)
     luks.open_luks(image, secret=lambda: b"secret\n").close()
     with pytest.raises(OpenError, match="does not open it"):
         luks.open_luks(image)
@@ -315,8 +316,9 @@ def test_threads_that_share_sectors(tmp_path: Path, cipher: str) -> None:
 
 
 @needs("module:cryptography", "cryptsetup")
-def test_no_crash_spoils_what_was_not_written(tmp_path: Path) -> None:
+def test_no_crash_spoils_what_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the rest of a sector of 4 KiB of which a crash has kept only a part."""
+    luks.remember_keys(monkeypatch)
     image = small_luks2(tmp_path, 4096, 64 * KIB)
     with luks.open_luks(image) as device:
         device.zero(0, device.size)

@@ -10,6 +10,7 @@ import pytest
 from nbdserve.block import BlockDevice, Computed, Zero
 from nbdserve.errors import OpenError, ReadOnly, Unsupported
 from nbdserve.formats.luks.create import HEADER_SIZE, build_header
+from nbdserve.formats.luks.create import create_image as create_luks
 from nbdserve.formats.qcow2.create import CreateOptions, create_image
 from nbdserve.formats.qcow2.resizing import resize
 from nbdserve.formats.qcow2.snapshots import apply_snapshot, create_snapshot
@@ -44,7 +45,7 @@ def _over_a_raw_base(directory: Path) -> Path:
 
 
 def _over_an_encrypted_base(directory: Path) -> Path:
-    base = luks.qemu_create(directory / "base", 200 * KIB, "qcow2")
+    base = made(directory / "base", 200 * KIB)
     luks.qemu_io_on(base, "write -P 77 0 200k", "write -z 64k 40k", format="qcow2")
     return made(directory / "a.qcow2", cluster_size=4096, backing="base", backing_format="qcow2")
 
@@ -60,7 +61,7 @@ def _with_snapshot(directory: Path) -> Path:
 
 
 CASES = {
-    "by qemu": lambda d: luks.qemu_create(d / "a.qcow2", SIZE, "qcow2"),
+    "large clusters": lambda d: made(d / "a.qcow2"),
     "small clusters": lambda d: made(d / "a.qcow2", cluster_size=512),
     "v2": lambda d: made(d / "a.qcow2", cluster_size=4096, version=2),
     "subclusters": lambda d: made(d / "a.qcow2", extended_l2=True, cluster_size=16384),
@@ -76,7 +77,8 @@ BELOW = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_conformance(tmp_path: Path, case: str) -> None:
+def test_conformance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    luks.remember_keys(monkeypatch)
     pristine = CASES[case](tmp_path).read_bytes()
     image = tmp_path / "work.qcow2"
     more = BELOW.get(case, "").format(base=tmp_path / "base")
@@ -90,7 +92,7 @@ def test_conformance(tmp_path: Path, case: str) -> None:
         return open_qcow2(image)
 
     def judge(model: bytearray) -> None:
-        luks.qemu_check_of(image)
+        luks.qemu_check_of(image, more)
         assert luks.qemu_content_of(image, "qcow2", more) == model
 
     check_block_device(make, reopen, judge, examples=3)
@@ -129,7 +131,7 @@ def test_nothing_is_written_in_the_clear(tmp_path: Path) -> None:
 
 
 def test_with_a_data_file(tmp_path: Path) -> None:
-    image = luks.qemu_create(tmp_path / "a.qcow2", MIB, "qcow2", data_file=str(tmp_path / "data"))
+    image = made(tmp_path / "a.qcow2", MIB, data_file="data")
     more = f",data-file.driver=file,data-file.filename={tmp_path / 'data'}"
     luks.qemu_io_on(image, "write -P 7 100k 300k", format="qcow2", more=more)
     with open_qcow2(image) as device:
@@ -179,7 +181,8 @@ def test_threads_that_share_sectors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"cluster_size": 512}, {"extended_l2": True, "cluster_size": 16384}], ids=str)
-def test_no_crash_corrupts_loses_or_invents(tmp_path: Path, options) -> None:
+def test_no_crash_corrupts_loses_or_invents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options) -> None:
+    luks.remember_keys(monkeypatch)
     image = made(tmp_path / "a.qcow2", 32 * KIB, **options)
 
     def recorded(path: Path) -> tuple[BlockDevice, Recorder]:
@@ -201,7 +204,7 @@ def test_no_crash_corrupts_loses_or_invents(tmp_path: Path, options) -> None:
 
 
 def test_passphrases(tmp_path: Path) -> None:
-    image = luks.qemu_create(tmp_path / "a.qcow2", MIB, "qcow2")
+    image = made(tmp_path / "a.qcow2", MIB)
     before = image.read_bytes()
     for read_only in (True, False):
         with pytest.raises(OpenError, match="give its passphrase with --passphrase-file"):
@@ -212,15 +215,15 @@ def test_passphrases(tmp_path: Path) -> None:
 
 
 def test_a_base_whose_passphrase_is_missing(tmp_path: Path) -> None:
-    luks.qemu_create(tmp_path / "base", MIB, "luks")
+    create_luks(tmp_path / "base", MIB, luks.passphrase, milliseconds=1)
     create_image(tmp_path / "a.qcow2", MIB, CreateOptions(backing="base", backing_format="luks"))
     with pytest.raises(OpenError, match="base: is encrypted"):
         qcow2_images.open_qcow2(tmp_path / "a.qcow2")
 
 
 def test_over_a_luks_base(tmp_path: Path) -> None:
-    base = luks.qemu_create(tmp_path / "base", MIB, "luks")
-    luks.qemu_io_on(base, "write -P 3 0 1M")
+    create_luks(tmp_path / "base", MIB, luks.passphrase, milliseconds=1)
+    luks.qemu_io_on(tmp_path / "base", "write -P 3 0 1M")
     create_image(tmp_path / "a.qcow2", MIB, CreateOptions(backing="base", backing_format="luks"))
     with open_qcow2(tmp_path / "a.qcow2") as device:
         assert device.read(0, MIB) == b"\3" * MIB
