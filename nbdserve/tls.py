@@ -35,7 +35,10 @@ def server_context(directory: str, *, verify_peer: bool) -> ssl.SSLContext:
         raise TlsError(f"--tls-certs {directory}: no such directory; it must hold {', '.join(_NEEDED)}")
     for name in _NEEDED:
         if not (folder / name).is_file():
-            raise TlsError(f"--tls-certs {directory}: {name} is missing; the directory must hold {', '.join(_NEEDED)}")
+            only = "; the pre-shared keys in keys.psk are not served" if (folder / "keys.psk").exists() else ""
+            raise TlsError(
+                f"--tls-certs {directory}: {name} is missing; the directory must hold {', '.join(_NEEDED)}{only}"
+            )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -96,6 +99,8 @@ def why_tls_failed(error: ssl.SSLError, peer: str) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         why = _REFUSALS.get(error.verify_code, error.verify_message.rstrip("."))
         return f"the {peer}'s certificate is not trusted: {why}"
+    if isinstance(error, ssl.SSLEOFError):
+        return f"the {peer} hung up without a word, as some do that refuse a certificate"
     reason = error.reason or str(error)
     if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return f"the {peer} shows no certificate"

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nbdserve.errors import NbdserveError
+from nbdserve.server.listen import DEFAULT_PORT
 
 STOP_SECONDS = 60.0
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("-r", "--read-only", action="store_true", help="serve it read-only; the guest writes to memory")
     result.add_argument("--tcp", action="store_true", help="over TCP; default: a unix socket")
     result.add_argument("--tls", action="store_true", help="over TCP with TLS; makes certificates for both")
-    result.add_argument("-n", "--dry-run", action="store_true", help="only print the commands")
+    result.add_argument("-n", "--dry-run", action="store_true", help="only print commands that do the same here")
     result.add_argument("image", metavar="IMAGE")
     result.add_argument("qemu", metavar="...", nargs=argparse.REMAINDER, help="options for qemu-system-x86_64")
     return result
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
 def server_command(options: argparse.Namespace, folder: Path) -> list[str]:
     """The words that start nbdserve."""
-    where = ["--port", "0"] if options.tcp or options.tls else ["--socket", str(folder / "disk.sock")]
+    port = DEFAULT_PORT if options.dry_run else 0
+    where = ["--port", str(port)] if options.tcp or options.tls else ["--socket", str(folder / "disk.sock")]
     return [
         "nbdserve",
         *(["--format", options.format] if options.format else []),
@@ -65,6 +67,7 @@ def qemu_command(options: argparse.Namespace, uri: str, folder: Path) -> list[st
         f"driver=nbd,{where}"
         + (",tls-creds=tls0" if options.tls else "")
         + (",snapshot=on" if options.read_only else ",discard=unmap")
+        + (",open-timeout=30" if options.dry_run else "")  # whoever pastes all lines at once does not wait
         + ",if=virtio",
         *options.qemu,
     ]
@@ -77,23 +80,28 @@ def main() -> int:
     if program is None and not options.dry_run:
         print("scripts/boot-guest: qemu-system-x86_64 is not installed (package qemu-system-x86)", file=sys.stderr)
         return 1
+    if options.dry_run:
+        here = Path()
+        _tell_server(options, here)
+        print(shlex.join(qemu_command(options, f"nbd://localhost:{DEFAULT_PORT}", here)), file=sys.stderr)
+        return 0
     with tempfile.TemporaryDirectory(prefix="boot-guest-") as name:
-        folder = Path(name)
         try:
-            return _boot(options, folder)
+            return _boot(options, Path(name))
         except NbdserveError as error:
             print(f"scripts/boot-guest: {error}", file=sys.stderr)
             return 1
 
 
-def _boot(options: argparse.Namespace, folder: Path) -> int:
-    serve = server_command(options, folder)
+def _tell_server(options: argparse.Namespace, folder: Path) -> None:
     if options.tls:
         print(f"nbdserve --make-certs {folder / 'pki'}", file=sys.stderr)
-    print(f"{shlex.join(serve)} &", file=sys.stderr)
-    if options.dry_run:
-        print(shlex.join(qemu_command(options, "nbd://localhost:10809", folder)), file=sys.stderr)
-        return 0
+    print(f"{shlex.join(server_command(options, folder))} &", file=sys.stderr)
+
+
+def _boot(options: argparse.Namespace, folder: Path) -> int:
+    _tell_server(options, folder)
+    serve = server_command(options, folder)
     if options.tls:
         from nbdserve.certificates import make_certificates
 

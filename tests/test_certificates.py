@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +50,16 @@ def sibling(pki: Path, directory: Path, *hosts: str, since: datetime | None = No
     return directory
 
 
+def stranger(pki: Path, foreign: Path, tmp_path: Path) -> Path:
+    """A client that trusts our authority, and was certified by another one."""
+    directory = tmp_path / "stranger"
+    directory.mkdir()
+    for name in ("client-cert.pem", "client-key.pem"):
+        (directory / name).write_bytes((foreign / name).read_bytes())
+    (directory / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+    return directory
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("image") / "disk.raw"
@@ -70,17 +80,46 @@ def named(uri: str, directory: Path) -> str:
 
 def failure(*command: str | os.PathLike[str]) -> str:
     """What a tool says when it is refused."""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    result = subprocess.run(command, input="quit\n", capture_output=True, text=True, timeout=60)
     assert result.returncode != 0, result.stdout
     return result.stderr
 
 
-def qemu_img_info(uri: str, directory: Path) -> tuple[str, ...]:
-    """The command with which qemu-img looks at an export."""
+# How others look at an export: a command, and what it prints when it is served.
+
+
+def qemu_img(uri: str, directory: Path) -> tuple[str, ...]:
     return (
         *("qemu-img", "info", "--object", f"tls-creds-x509,id=tls0,dir={directory},endpoint=client", "--image-opts"),
         f"driver=nbd,host=localhost,port={urlsplit(uri).port},tls-creds=tls0",
     )
+
+
+def qemu_system(uri: str, directory: Path) -> tuple[str, ...]:
+    return (
+        *("qemu-system-x86_64", "-machine", "none", "-display", "none", "-monitor", "stdio"),
+        *("-object", f"tls-creds-x509,id=tls0,dir={directory},endpoint=client", "-drive"),
+        f"driver=nbd,host=localhost,port={urlsplit(uri).port},tls-creds=tls0,if=none,read-only=on",
+    )
+
+
+def nbdinfo(uri: str, directory: Path) -> tuple[str, ...]:
+    return ("nbdinfo", "--size", named(uri, directory))
+
+
+def nbdkit(uri: str, directory: Path) -> tuple[str, ...]:
+    """It passes the export on, without encryption."""
+    where = ("hostname=localhost", f"port={urlsplit(uri).port}", "tls=require", f"tls-certificates={directory}")
+    return ("nbdkit", "-r", "-U", "-", "nbd", *where, "--run", "nbdinfo --size $uri")
+
+
+PEERS: dict[Callable[[str, Path], tuple[str, ...]], str] = {
+    qemu_img: "virtual size: 1 MiB",
+    qemu_system: "nbd://localhost",
+    nbdinfo: f"{MIB}\n",
+    nbdkit: f"{MIB}\n",
+}
+PROGRAMS = ("qemu-img", "qemu-system-x86_64", "nbdinfo", "nbdkit")
 
 
 # What is written
@@ -173,10 +212,10 @@ def test_our_client_is_served(server: Served, pki: Path, image: Path, client: st
         assert device.read(0, MIB) == image.read_bytes()
 
 
-@needs("qemu-img", "nbdinfo", "nbdcopy")
+@needs(*PROGRAMS, "nbdcopy")
 def test_others_are_served(server: Served, pki: Path, image: Path, tmp_path: Path) -> None:
-    assert "virtual size: 1 MiB" in run(*qemu_img_info(server.uri, pki / "alice"))
-    assert run("nbdinfo", "--size", named(server.uri, pki / "alice")) == f"{MIB}\n"
+    for peer, printed in PEERS.items():
+        assert printed in run(*peer(server.uri, pki / "alice"), stdin="info block\nquit\n")
     run("nbdcopy", named(server.uri, pki), tmp_path / "copy.raw")
     assert (tmp_path / "copy.raw").read_bytes() == image.read_bytes()
 
@@ -201,7 +240,7 @@ def peer_server(tmp_path: Path, *command: str) -> Iterator[None]:
 
 
 @needs("nbdkit", "nbdinfo")
-def test_nbdkit_serves_with_them(pki: Path, image: Path, tmp_path: Path) -> None:
+def test_nbdkit_serves_with_them(pki: Path, foreign: Path, image: Path, tmp_path: Path) -> None:
     command = (
         "nbdkit",
         "-f",
@@ -218,6 +257,16 @@ def test_nbdkit_serves_with_them(pki: Path, image: Path, tmp_path: Path) -> None
         assert run("nbdinfo", "--size", uri) == f"{MIB}\n"
         with connect(uri, read_only=True) as device:
             assert device.read(0, MIB) == image.read_bytes()
+        with pytest.raises(OpenError, match="TLS failed: the server hung up without a word"):
+            connect(uri.replace(str(pki / "alice"), str(stranger(pki, foreign, tmp_path))))
+
+
+def test_pre_shared_keys_are_not_ours(pki: Path, image: Path, tmp_path: Path) -> None:
+    said = "pre-shared keys cannot be used here, Python has none before 3.13; use tls-certificates=DIR"
+    with pytest.raises(OpenError, match=said):
+        connect(f"nbds://alice@localhost/?tls-psk-file={pki}/keys.psk")
+    (tmp_path / "keys.psk").write_bytes((pki / "keys.psk").read_bytes())
+    assert "pre-shared keys in keys.psk are not served" in refusal("--tls-certs", tmp_path, image)
 
 
 @needs("nbdkit", "nbdinfo", "qemu-nbd")
@@ -238,7 +287,7 @@ def test_the_secrets_are_what_others_expect(pki: Path, image: Path, tmp_path: Pa
 # Who is refused. The server here is ours; its certificate is wrong, or the client's is.
 
 
-@needs("qemu-img", "nbdinfo")
+@needs(*PROGRAMS)
 @pytest.mark.parametrize(
     ("kind", "ours", "qemu"),
     [
@@ -260,31 +309,28 @@ def test_a_server_that_is_not_to_be_trusted(
     with Served(image, "-r", "-f", "raw", "--tls-certs", identity) as server:
         with pytest.raises(OpenError, match=f"TLS failed: the server's certificate is not trusted: .*{ours}"):
             connect(named(server.uri, pki))
-        assert qemu in failure(*qemu_img_info(server.uri, pki))
-        assert "Error in the certificate verification" in failure("nbdinfo", named(server.uri, pki))
+        for peer in PEERS:
+            said = failure(*peer(server.uri, pki))
+            assert (qemu if peer in (qemu_img, qemu_system) else "Error in the certificate verification") in said
 
 
-@needs("qemu-img", "nbdinfo")
+@needs(*PROGRAMS)
 @pytest.mark.parametrize(
-    ("kind", "client_hears", "server_says"),
+    ("kind", "client_hears", "server_says", "qemu"),
     [
-        ("expired", "it has expired", "it has expired"),
-        ("foreign", "another authority has signed it", "another authority has signed it"),
-        ("none", "there is none; it wants client-cert.pem", "the client shows no certificate"),
+        ("expired", "it has expired", "it has expired", "client-cert.pem has expired"),
+        ("foreign", "another authority has signed it", "another authority has signed it", "failed validation against"),
+        ("none", "there is none; it wants client-cert.pem", "the client shows no certificate", "TLS channel"),
     ],
 )
 def test_a_client_that_is_not_to_be_trusted(
-    server: Served, pki: Path, foreign: Path, tmp_path: Path, kind: str, client_hears: str, server_says: str
+    server: Served, pki: Path, foreign: Path, tmp_path: Path, kind: str, client_hears: str, server_says: str, qemu: str
 ) -> None:
     match kind:
         case "expired":
             identity = sibling(pki, tmp_path / "pki", since=LONG_AGO)
         case "foreign":
-            identity = tmp_path / "stranger"
-            identity.mkdir()
-            for name in ("client-cert.pem", "client-key.pem"):
-                (identity / name).write_bytes((foreign / name).read_bytes())
-            (identity / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
+            identity = stranger(pki, foreign, tmp_path)
         case _:
             identity = tmp_path / "nobody"
             identity.mkdir()
@@ -292,10 +338,11 @@ def test_a_client_that_is_not_to_be_trusted(
     with pytest.raises(OpenError, match=f"the server refuses our certificate: {client_hears}"):
         connect(named(server.uri, identity))
     server.wait_for_line(server_says)
-    assert failure("nbdinfo", named(server.uri, identity))
-    assert failure(*qemu_img_info(server.uri, identity))
+    for peer in PEERS:
+        said = failure(*peer(server.uri, identity))
+        assert (qemu if peer in (qemu_img, qemu_system) else "A TLS fatal alert has been received") in said
     # QEMU itself shows neither an expired certificate nor one that ca-cert.pem does not vouch for.
-    server.wait_for_line(server_says, count=3 if kind == "none" else 2)
+    server.wait_for_line(server_says, count=5 if kind == "none" else 3)
     assert run("nbdinfo", "--size", named(server.uri, pki)) == f"{MIB}\n", "and serves on"
 
 

@@ -215,7 +215,8 @@ def _plan(options: argparse.Namespace, request: Request) -> list[str]:
     if options.mount:
         number = options.partition or 1
         partition = Partition(f"{name}p{number}", number, 0, 0)
-        lines.append(shlex.join(mount_command(partition, options.mount, request.read_only)))
+        which = "" if options.partition else "  # if that is the only partition; --partition chooses"
+        lines.append(shlex.join(mount_command(partition, options.mount, request.read_only)) + which)
     return lines
 
 
@@ -330,18 +331,21 @@ def _paths(state: Attached) -> list[str]:
 
 
 def _loop(options: argparse.Namespace) -> None:
-    from nbdserve.kernel.module import check_rights
+    from nbdserve.kernel.system import Unavailable
 
     command = _loop_command(options)
     if options.dry_run:
         print(shlex.join(command))
         return
-    check_rights()
+    if os.geteuid() != 0:
+        raise Unavailable(f"only root may use loop devices; as root it would be '{shlex.join(command)}'")
     sys.stdout.flush()
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:
-        raise OpenError(f"{command[0]} is not installed (packages mount, util-linux)") from None
+        raise Unavailable(
+            f"{command[0]} is not installed (package {'mount' if options.mount else 'util-linux'})"
+        ) from None
 
 
 def _loop_command(options: argparse.Namespace) -> list[str]:

@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
         "-t", "--persistent", action="store_true", help="go on when the last client has left (always so)"
     )
 
-    tls = result.add_argument_group("encryption")
+    tls = result.add_argument_group(
+        "encryption", "by certificates; pre-shared keys are not served, because Python has none before 3.13"
+    )
     tls.add_argument(
         "--tls-certs", metavar="DIR", help="directory with ca-cert.pem, server-cert.pem, server-key.pem[, ca-crl.pem]"
     )

@@ -59,6 +59,10 @@ class NbdUri:
         if parts.scheme not in _SCHEMES:
             raise OpenError(f"{text}: unknown scheme {parts.scheme!r}; known are {', '.join(_SCHEMES)}")
         query = {key: values[-1] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        if "tls-psk-file" in query:
+            raise OpenError(
+                f"{text}: pre-shared keys cannot be used here, Python has none before 3.13; use tls-certificates=DIR"
+            )
         if unknown := sorted(query.keys() - _KNOWN):
             raise OpenError(f"{text}: unknown parameter {unknown[0]!r}; known are {', '.join(sorted(_KNOWN))}")
         if parts.username is not None:

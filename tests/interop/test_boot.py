@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,13 @@ start={BOOT_START // 512}, size={48 * 2048}, type=e, bootable
 start={ROOT_START // 512}, size={ROOT_MIB * 2048}, type=83
 """
 
-MENU = """\
+MENU = f"""\
 SERIAL 0
 DEFAULT linux
 LABEL linux
 KERNEL /vmlinuz
 INITRD /initrd
-APPEND console=ttyS0 loglevel=4 panic=-1 root=/dev/vda2 token=written-by-the-guest
+APPEND {guest.KERNEL_OPTIONS} root=/dev/vda2 token=written-by-the-guest
 """
 
 
@@ -67,35 +69,81 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return raw
 
 
-# Each format and each transport once.
+# How images are made of it: a directory is given, and the image comes back.
+
+
+def raw(disk: Path, folder: Path) -> Path:
+    return Path(shutil.copy(disk, folder / "image.raw"))
+
+
+def qcow2(disk: Path, folder: Path, *options: str) -> Path:
+    run("qemu-img", "convert", *options, "-f", "raw", "-O", "qcow2", disk, folder / "image.qcow2")
+    return folder / "image.qcow2"
+
+
+def compressed_qcow2(disk: Path, folder: Path) -> Path:
+    return qcow2(disk, folder, "-c")
+
+
+def overlay_qcow2(disk: Path, folder: Path) -> Path:
+    shutil.copy(disk, folder / "base.raw")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", folder / "image.qcow2")
+    return folder / "image.qcow2"
+
+
+def dynamic_vhd(disk: Path, folder: Path, kind: str = "dynamic") -> Path:
+    options = f"subformat={kind},force_size=on"
+    run("qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", options, disk, folder / "image.vpc")
+    return folder / "image.vpc"
+
+
+def fixed_vhd(disk: Path, folder: Path) -> Path:
+    return dynamic_vhd(disk, folder, "fixed")
+
+
+# Each format over each transport.
+BOOTS = [
+    ("tcp", overlay_qcow2),
+    ("tcp", dynamic_vhd),
+    ("tcp", raw),
+    ("unix", qcow2),
+    ("unix", fixed_vhd),
+    ("unix", raw),
+    ("tls", compressed_qcow2),
+    ("tls", dynamic_vhd),
+    ("tls", raw),
+]
+
+
 @pytest.mark.parametrize(
-    ("format", "options"), [("qcow2", ("--tcp",)), ("vpc", ()), ("raw", ("--tls",))], ids=["tcp", "unix", "tls"]
+    ("transport", "make"), [pytest.param(*boot, id=f"{boot[0]}-{boot[1].__name__}") for boot in BOOTS]
 )
 @needs("qemu-system-x86_64", "qemu-img", "sfdisk", "mkfs.fat", "mcopy", "syslinux")
 def test_a_guest_boots_from_its_own_boot_sector(
-    format: str, options: tuple[str, ...], disk: Path, tmp_path: Path
+    transport: str, make: Callable[[Path, Path], Path], disk: Path, tmp_path: Path
 ) -> None:
-    image = tmp_path / f"image.{format}"
-    exactly = ["-o", "force_size=on"] if format == "vpc" else []
-    run("qemu-img", "convert", "-f", "raw", "-O", format, *exactly, disk, image)
+    image = make(disk, tmp_path)
+    format = image.suffix[1:]
+    where = [] if transport == "unix" else [f"--{transport}"]
     machine = ["-machine", "accel=tcg", "-m", "256", "-nodefaults", "-no-reboot", "-display", "none"]
-    command = [sys.executable, SCRIPT, *options, "--format", format, image, *machine, "-serial", "stdio"]
+    command = [sys.executable, SCRIPT, *where, "--format", format, image, *machine, "-serial", "stdio"]
     # Not on stdin: QEMU would take the terminal's settings for its own.
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, timeout=guest.BOOT_SECONDS, check=False
     )
-    console = result.stdout.decode(errors="replace")
-    assert result.returncode == 0 and guest.GUEST_DONE in console, f"{result.stderr.decode()}\n{console[-3000:]}"
+    console, recipe = result.stdout.decode(errors="replace"), result.stderr.decode()
+    assert result.returncode == 0 and guest.GUEST_DONE in console, f"{recipe}\n{console[-3000:]}"
     assert "SYSLINUX" in console, "the boot loader said its name"
+    assert ("tls-creds=tls0" in recipe, "server.type=unix" in recipe) == (transport == "tls", transport == "unix")
     if format == "qcow2":
         qemu_check(image)
+    if make is overlay_qcow2:
+        assert (tmp_path / "base.raw").read_bytes() == disk.read_bytes(), "nothing was written to the base"
     written = tmp_path / "written.raw"
     run("qemu-img", "convert", "-f", format, "-O", "raw", image, written)
-    root = tmp_path / "root.raw"
-    root.write_bytes(written.read_bytes()[ROOT_START : ROOT_START + ROOT_MIB * MIB])
-    guest.check_file_system(root)
-    assert guest.read_file(root, "/token") == b"written-by-the-guest\n"
-    assert guest.read_file(root, "/copy") == guest.busybox().read_bytes()
+    guest.check_file_system(written, ROOT_START)
+    assert guest.read_file(written, ROOT_START, "/token") == b"written-by-the-guest\n"
+    assert guest.read_file(written, ROOT_START, "/copy") == guest.busybox().read_bytes()
 
 
 def test_the_recipe_is_printed(tmp_path: Path) -> None:
@@ -104,6 +152,7 @@ def test_the_recipe_is_printed(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--dry-run", "--tls", image, "-nographic"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     certificates, serve, boot = result.stderr.splitlines()
-    assert certificates.startswith("nbdserve --make-certs /")
-    assert serve.startswith("nbdserve --port 0 --tls-certs /") and serve.endswith("-- '" + str(image) + "' &")
-    assert "-object tls-creds-x509,id=tls0,dir=/" in boot and "tls-creds=tls0" in boot and boot.endswith("-nographic")
+    assert certificates == "nbdserve --make-certs pki"
+    assert serve == f"nbdserve --port 10809 --tls-certs pki --tls-verify-peer -- '{image}' &"
+    assert "-object tls-creds-x509,id=tls0,dir=pki,endpoint=client -drive driver=nbd,host=localhost,port=10809" in boot
+    assert ",tls-creds=tls0," in boot and boot.endswith(" -nographic")
