@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import add_references, policy_of, run, say
+from nbdserve.cli.common import add_force_share, add_references, policy_of, run, say
 from nbdserve.errors import NbdserveError, OpenError
 
 if TYPE_CHECKING:
@@ -79,11 +79,7 @@ def parser() -> argparse.ArgumentParser:
     image = result.add_argument_group("the image")
     image.add_argument("--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
     add_references(image)
-    image.add_argument(
-        "--force-share",
-        action="store_true",
-        help="look at it, read-only, even while others (a running VM) write to it: what is seen may not fit together",
-    )
+    add_force_share(image)
 
     writing = result.add_argument_group("writing")
     whether = writing.add_mutually_exclusive_group()
