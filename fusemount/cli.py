@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import add_references, policy_of, run, say
+from nbdserve.cli.common import add_force_share, add_references, policy_of, run, say
 from nbdserve.errors import NbdserveError, OpenError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ in /etc/fstab (writable unless it says ro, as mount(8) has it):
 # What -o may hold, besides ro and rw: options of ours, options for the kernel, and what mount(8) and fstab hand over
 # that needs nothing of us (dev and suid are never granted).
 _OURS = frozenset(
-    """partition raw inspect snapshot raw-links format allow-path trust-references passphrase-file overlay
+    """partition raw inspect snapshot raw-links format allow-path trust-references passphrase-file overlay force-share
     as-root-of-guest map-uid map-gid foreground""".split()  # noqa: SIM905
 )
 _HANDED_ON = frozenset(("noexec", "allow_other"))
@@ -79,9 +79,12 @@ def parser() -> argparse.ArgumentParser:
     image = result.add_argument_group("the image")
     image.add_argument("--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
     add_references(image)
+    add_force_share(image)
 
     writing = result.add_argument_group("writing")
-    writing.add_argument("-w", "--rw", action="store_true", help="change the image; default: it is only read")
+    whether = writing.add_mutually_exclusive_group()
+    whether.add_argument("-r", "--read-only", action="store_true", help="only read the image, which is the default")
+    whether.add_argument("-w", "--rw", action="store_true", help="change the image")
     writing.add_argument(
         "--overlay",
         metavar="FILE",
@@ -160,6 +163,10 @@ def _apply_mount_options(command: argparse.ArgumentParser, options: argparse.Nam
 
 def _check(command: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Options that contradict each other."""
+    if options.json:
+        command.error("--json goes with --list")
+    if options.force_share and (options.rw or options.overlay is not None):
+        command.error("--force-share is only for looking at an image; leave --rw and --overlay out")
     if options.snapshot is not None and options.overlay is not None:
         command.error("--snapshot and --overlay exclude each other: an overlay cannot stand on a snapshot")
     if options.snapshot is not None and options.rw:
@@ -207,7 +214,13 @@ def _open_image(options: argparse.Namespace, *, read_only: bool) -> BlockDevice:
 
         return open_overlay(options.image, options.overlay, options.format, policy, warn)
     return open_image(
-        options.image, format=options.format, read_only=read_only, snapshot=options.snapshot, policy=policy, warn=warn
+        options.image,
+        format=options.format,
+        read_only=read_only,
+        snapshot=options.snapshot,
+        policy=policy,
+        force_share=options.force_share,
+        warn=warn,
     )
 
 

@@ -78,7 +78,18 @@ def test_a_partition_that_is_not_there(folder: Path, mnt: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["--raw -i", "--snapshot=a --rw", "--overlay=a --snapshot=b", "-o nonsense", "-o unmount=x"]
+    "options",
+    [
+        "--raw -i",
+        "--snapshot=a --rw",
+        "--overlay=a --snapshot=b",
+        "-o nonsense",
+        "-o unmount=x",
+        "--json",
+        "--rw --read-only",
+        "--rw --force-share",
+        "--overlay=a --force-share",
+    ],
 )
 def test_options_that_make_no_sense(folder: Path, mnt: Path, options: str) -> None:
     result = fusemount(*options.split(), folder / "x", mnt)

@@ -458,3 +458,20 @@ def test_fstab(folder: Path, mnt: Path) -> None:
     assert "allow_other" in lines[4][3]
     assert "allow_other" not in lines[2][3]
     tool("e2fsck", "-fn", image)
+
+
+@ext
+def test_an_image_that_somebody_writes_to(folder: Path, mnt: Path) -> None:
+    """Refused, with the way to look at it all the same."""
+    image = make_ext4(folder / "disk.raw", source=tree(folder))
+    other = folder / "other"
+    other.mkdir()
+    give(other)
+    with mounted(image, mnt, "--rw", "--format=raw", nobody=True):
+        said = refusal(image, other, nobody=True)
+        assert "is writing to it; stop that first" in said and said.endswith("--read-only --force-share")
+        assert "is writing to it" in refusal("--list", image, nobody=True)
+        look = ("--read-only", "--force-share")
+        assert "ext4" in fusemount("--list", *look, image, nobody=True).stdout
+        with mounted(image, other, *look, nobody=True):
+            assert run(["cat", other / "etc/hostname"], nobody=True).stdout == "guest\n"
