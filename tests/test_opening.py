@@ -13,6 +13,7 @@ from nbdserve.block import HostFile
 from nbdserve.errors import OpenError
 from nbdserve.formats import FORMATS, probe
 from nbdserve.opening import MAXIMUM_CHAIN, ReferencePolicy, known_format, open_image, select_range
+from tests.formats.luks_images import qemu_create as qemu_create_encrypted
 from tests.reference import needs, qemu_img_create, qemu_info, qemu_io, run
 from tests.server import wire
 from tests.server.wire import Wire
@@ -423,7 +424,8 @@ def test_ranges_past_the_end(plain: Path, offset: int, size: int | None) -> None
 
 def test_probing_agrees_with_qemu(tmp_path: Path) -> None:
     for format in FORMATS:
-        image = qemu_img_create(tmp_path / f"image.{format}", "4M", format)
+        make = qemu_create_encrypted if format == "luks" else qemu_img_create
+        image = make(tmp_path / f"image.{format}", 4 << 20, format)
         assert qemu_info(image)["format"] == format
         file = HostFile.open(image, writable=False)
         assert probe(file) == format

@@ -43,6 +43,8 @@ def resize(device: BlockDevice, name: str, size: int, *, shrink: bool = False, f
 
     if not isinstance(device, WritableQcow2Image):
         raise OpenError(f"{name}: only raw files and qcow2 images change their length; convert it to another image")
+    if fill != "off" and device.header.encryption:
+        raise OpenError(f"{name}: in an encrypted image space set aside is not zeros; leave --preallocation out")
     if fill != "off" and device.backing is not None:
         raise OpenError(f"{name}: over a backing file no space is set aside; leave --preallocation out")
     if fill in ("metadata", "falloc") and device.header.encryption:

@@ -148,6 +148,15 @@ def test_compressed_and_encrypted(tmp_path: Path, key: Path, content: bytes) -> 
     assert not (tmp_path / "image").exists()
 
 
+def test_space_set_aside_would_not_be_zeros(tmp_path: Path, key: Path) -> None:
+    image = tmp_path / "image"
+    nbdimg("create", "-f", "qcow2", *ENCRYPTED, "--passphrase-file", key, image, "1M")
+    arguments = ("resize", "--passphrase-file", key, image, "2M")
+    assert "space set aside is not zeros" in nbdimg(*arguments, "--preallocation=metadata", status=1)
+    nbdimg(*arguments)
+    assert luks.qemu_content_of(image, "qcow2") == bytes(2 * MIB)
+
+
 def test_attach_hands_it_on(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "image").touch()
     arguments = ["--dry-run", "--backend", "native", "--passphrase-file", str(key), str(tmp_path / "image")]

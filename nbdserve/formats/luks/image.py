@@ -20,6 +20,7 @@ class LuksImage(BlockDevice):
 
     def __init__(self, file: HostFile, plain: EncryptedFile, start: int, size: int, *, read_only: bool) -> None:
         super().__init__(size, read_only=read_only)
+        self.useful_writers = 3  # encryption keeps the interpreter's lock, so more would only wait for it
         self.file = file
         self._plain = plain
         self._start = start
