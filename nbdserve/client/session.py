@@ -186,6 +186,7 @@ class Session:
 
     def _negotiate(self) -> tuple[Agreement, bytes]:
         uri = self._uri
+        is_on_trial = False  # whether we have shown our certificate, and heard nothing since
         try:
             handshake = ClientHandshake(uri.export, tls=uri.tls)
             while True:
@@ -196,25 +197,36 @@ class Session:
                     case HandshakeState.STARTING_TLS:
                         self._start_tls()
                         handshake.tls_established()
+                        is_on_trial = True
                     case _:
                         data = self._socket.recv(_RECEIVE_BYTES)
+                        if not data and is_on_trial:
+                            raise ssl.SSLEOFError
                         if not data:
                             handshake.connection_lost()
                         handshake.receive(data)
-        except ssl.SSLError as error:  # before ValueError, which one kind of it is as well
-            from nbdserve.tls import why_tls_failed
-
-            raise OpenError(f"{uri.text}: TLS failed: {why_tls_failed(error, 'server')}") from None
+                        is_on_trial = False
+        except OSError as error:  # before ValueError, which one kind of it is as well
+            raise OpenError(f"{uri.text}: {_why_no_agreement(error, is_on_trial)}") from None
         except (ProtocolError, ValueError) as error:
             raise OpenError(f"{uri.text}: {error}") from None
-        except OSError as error:
-            raise OpenError(f"{uri.text}: {error.strerror or error}, during the negotiation") from None
 
     def _start_tls(self) -> None:
         from nbdserve.tls import client_context
 
         context = client_context(self._uri.certificates)
         self._socket = context.wrap_socket(self._socket, server_hostname=self._uri.hostname)
+
+
+def _why_no_agreement(error: OSError, is_on_trial: bool) -> str:
+    """In words. With TLS 1.3 a server looks at our certificate when we take the handshake for finished."""
+    if isinstance(error, ssl.SSLError) or (is_on_trial and isinstance(error, ConnectionError)):
+        from nbdserve.tls import why_tls_failed
+
+        return (
+            f"TLS failed: {why_tls_failed(error if isinstance(error, ssl.SSLError) else ssl.SSLEOFError(), 'server')}"
+        )
+    return f"{error.strerror or error}, during the negotiation"
 
 
 def _connected(uri: NbdUri) -> socket.socket:

@@ -282,6 +282,19 @@ def a_dead_server() -> None:
         assert free() and f" {folder} " not in mounts() and listed() == []
 
 
+def a_server_that_hangs() -> None:
+    """Nobody waits for it longer than was asked for."""
+    attach(str(copy("disk.qcow2")), "--timeout", "2")
+    server = int(str(listed()[0]["pid"]))
+    os.kill(server, signal.SIGSTOP)
+    reading = ["dd", "if=/dev/nbd0", "of=/dev/null", "bs=4k", "count=1", "skip=4000", "iflag=direct"]
+    result = subprocess.run(reading, capture_output=True, timeout=60)
+    assert result.returncode != 0 and b"Input/output error" in result.stderr, result
+    os.kill(server, signal.SIGKILL)
+    attach("--detach", "nbd0")
+    assert free() and listed() == []
+
+
 def a_server_that_comes_back() -> None:
     """Requests wait for it."""
     image, folder = copy("disk.qcow2"), RUN / "mounted"
@@ -322,6 +335,7 @@ STEPS: dict[str, list[Callable[[], None]]] = {
         twenty_times_native,
         what_is_listed,
         bad_requests,
+        a_server_that_hangs,
         a_server_that_comes_back,
     ],
     "both": [
