@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,16 @@ def mounted(image: Path, options: str = "rw") -> Iterator[bytes]:
         if subprocess.run(["umount", place]).returncode:
             run("umount", "--lazy", place)  # a test that failed left a file open
             raise AssertionError(f"{place} was still in use")
+        _wait_until_detached(image)
+
+
+def _wait_until_detached(image: Path) -> None:
+    """Wait until the kernel has let go of the loop device, which the next mount would use with what it has cached."""
+    for _ in range(1000):
+        if not subprocess.run(["losetup", "-j", image], capture_output=True, check=True).stdout:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{image} is still attached to a loop device")
 
 
 def device(image: Path, *, writable: bool = False) -> BlockDevice:
