@@ -67,8 +67,7 @@ class Condition:
         return cls(readable=False, writable=False, dirty=False, remark=str(failure))
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """What stat(2) tells of an inode.
 
     Attributes:
