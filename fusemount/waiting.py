@@ -44,19 +44,23 @@ class _Turn:
 
     async def __aexit__(self, *_: object) -> None:
         self._taken = False
-        self._waiting.unpark()
+        if self._waiting:
+            self._waiting.unpark()
 
 
 class _LowLevel:
     def __init__(self, is_idle: Callable[[], bool]) -> None:
         self._is_idle = is_idle
         self._left = 0
+        self._fd = -1
         self._poll = select.poll()
 
     async def wait_readable(self, fd: int) -> None:
         if self._left and self._is_idle():
             self._left -= 1
-            self._poll.register(fd, select.POLLIN)
+            if fd != self._fd:
+                self._poll.register(fd, select.POLLIN)
+                self._fd = fd
             if self._poll.poll(_MILLISECONDS):
                 return
         await trio.lowlevel.wait_readable(fd)
