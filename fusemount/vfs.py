@@ -401,6 +401,8 @@ class Tree:
         member, _ = self.split(nodes[0][0])
         with member if member.fs.read_only else member.patiently() as fs:
             for node, count in nodes:
+                other, inode = self.split(node)
+                assert other is member
                 if node == member.root:
                     continue
                 if node in self._places:
@@ -409,7 +411,7 @@ class Tree:
                         self._places[node] = left - count, parent
                     else:
                         del self._places[node]
-                fs.forget(self.split(node)[1], count)
+                fs.forget(inode, count)
 
     # Changing
 

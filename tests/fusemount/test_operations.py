@@ -68,6 +68,22 @@ except OSError as error:
         )
 
 
+def test_a_missing_name_appears_when_something_gets_it(mountpoint: Path) -> None:
+    with CountingMount(mountpoint) as mount:
+        assert (
+            mount.sh(
+                """
+                cd mine
+                fails cat a; fails cat b; fails cat c/d; fails stat e; fails cat f
+                echo 1 > a; cat a; mv a b; cat b; fails cat a
+                mkdir c; echo 2 > c/d; cat c/d; ln -s b e; cat e; ln c/d f; cat f
+                rm b; fails cat e; fails cat b; echo 3 > b; cat e
+                """
+            )
+            == "1\n1\n2\n1\n2\n3\n"
+        )
+
+
 def test_what_may_wait_is_answered_by_the_worker(mountpoint: Path) -> None:
     with CountingMount(mountpoint, slow=True) as mount:
         assert len(mount.sh("ls -l many").splitlines()) == 501
