@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import nbdserve
 from nbdserve.cli.common import add_force_share, add_references, policy_of, run, say
 from nbdserve.errors import NbdserveError, OpenError
+from nbdserve.formats import FORMATS
 
 if TYPE_CHECKING:
     from fusemount.assembly import View
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog=PROGRAM,
         usage="%(prog)s [options] IMAGE MOUNTPOINT\n       %(prog)s --unmount MOUNTPOINT\n       %(prog)s --list IMAGE",
-        description="Mount the files in a disk image (qcow2, VHD, raw or a block device) without root.",
+        description="Mount the files in a disk image, of any format or on a block device, without root.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -77,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--raw-links", action="store_true", help="symbolic links as stored, even where they lead outside")
 
     image = result.add_argument_group("the image")
-    image.add_argument("--format", metavar="FMT", help="qcow2, vpc (vhd) or raw; default: recognised by content")
+    formats = ", ".join(FORMATS)
+    image.add_argument("--format", metavar="FMT", help=f"one of {formats}; default: recognised by content")
     add_references(image)
     add_force_share(image)
 

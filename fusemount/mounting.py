@@ -6,11 +6,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 
 from nbdserve.errors import NbdserveError, OpenError
 
 DEVICE = "/dev/fuse"
+_READ_AHEAD = 512  # KiB
 _DETACH = 2  # MNT_DETACH, umount2(2)
 
 
@@ -60,6 +62,17 @@ def check_mountpoint(path: str) -> str:
     if os.geteuid() != 0 and (foreign or not os.access(path, os.W_OK)):
         raise OpenError(f"{path}: belongs to somebody else; choose a directory of your own as the mount point")
     return real
+
+
+def widen_read_ahead(mountpoint: str) -> None:
+    """Let the kernel read ahead more of a file than the 128 KiB of every new mount; only root may ask for that.
+
+    Waits until the mount is served, since the kernel narrows it to 128 KiB just before.
+    """
+    with suppress(OSError):
+        device = os.stat(mountpoint).st_dev
+        with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w", encoding="ascii") as file:
+            file.write(str(_READ_AHEAD))
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:

@@ -1,11 +1,12 @@
 """The requests of the kernel's FUSE, answered from a Tree through pyfuse3; this file owns what an error looks like.
 
-What only looks is tried right away, on the event loop, which is the fastest there is while nothing has to be waited
-for; where the tree says BlockingIOError, and for all that changes something, the worker of the file system does it.
+Handlers are plain calls. Each is tried at once, on the event loop, which is the fastest there is while nothing has to
+be waited for. One that would have to wait raises BlockingIOError, having changed nothing, and then the worker of the
+file system calls it again: a slow disk stalls those alone who want something of it.
 
 The kernel may remember nearly everything: nobody else changes the image while it is mounted. So names and attributes
-last practically for ever, file contents stay in the page cache from one opening to the next, and the kernel gathers
-writes (writeback cache) wherever something is writable. Names that do not exist are remembered only where nothing is.
+last practically for ever, also names that do not exist; file contents stay in the page cache from one opening to the
+next, and the kernel gathers writes (writeback cache) wherever something is writable.
 
 The numbers of open files and directories (file handles) are those of their nodes: there is no other state.
 
@@ -20,6 +21,7 @@ import os
 import stat
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -51,15 +53,22 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def _answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The handler, with every failure turned into an errno: pyfuse3 ends the mount for any other exception."""
+def _answered(handler: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The handler, called where the answer is found, as pyfuse3 wants it.
+
+    Every failure becomes an errno: pyfuse3 ends the mount for any other exception. The first argument behind `self`
+    says which file system is meant: a node, the file handle that is one, or else that of the root.
+    """
 
     @wraps(handler)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
         self = cast("GuestOperations", args[0])
         self.requests += 1
         try:
-            return await handler(*args, **kwargs)
+            try:
+                return handler(*args, **kwargs)
+            except BlockingIOError:
+                return await self.later(args[1], handler, *args, **kwargs)
         except FUSEError:
             raise
         except OSError as error:
@@ -84,6 +93,7 @@ class GuestOperations(pyfuse3.Operations):
 
     Attributes:
         requests: how many there have been.
+        handed_on: how many of them workers have not answered yet.
     """
 
     supports_dot_lookup = False
@@ -96,6 +106,7 @@ class GuestOperations(pyfuse3.Operations):
         self.facts = facts
         self.log = log
         self.requests = 0
+        self.handed_on = 0
         self.read_only = all(member.fs.read_only for member in tree.members)
         self.enable_writeback_cache = not self.read_only
         self._workers = [Worker(f"file system {index}") for index in range(len(tree.members))]
@@ -110,20 +121,18 @@ class GuestOperations(pyfuse3.Operations):
         for member in self.tree.members:
             if member.changed:
                 try:
-                    await self._later(member.root, self.tree.sync, member)
+                    await self.later(member.root, self.tree.sync, member)
                 except (OSError, NbdserveError) as error:
                     self.log(f"writing to the image: {error}")
 
-    async def _now(self, node: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call what only looks: here if it need not wait, else in the worker."""
+    async def later(self, node: object, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have the worker of a node's file system call something."""
+        index = self.tree.members.index(self._member(node if isinstance(node, int) else ROOT))
+        self.handed_on += 1
         try:
-            return function(*args, **kwargs)
-        except BlockingIOError:
-            return await self._later(node, function, *args, **kwargs)
-
-    async def _later(self, node: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        index = self.tree.members.index(self._member(node))
-        return await self._workers[index].run(function, *args, **kwargs)
+            return await self._workers[index].run(function, *args, **kwargs)
+        finally:
+            self.handed_on -= 1
 
     def _member(self, node: int) -> Member:
         return self.tree.split(Node(node))[0]
@@ -155,11 +164,11 @@ class GuestOperations(pyfuse3.Operations):
     # Looking
 
     @_answered
-    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+    def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         try:
-            found = await self._now(parent_inode, self.tree.lookup, Node(parent_inode), name)
+            found = self.tree.lookup(Node(parent_inode), name)
         except FileNotFoundError:
-            if not self.read_only:
+            if not self._member(parent_inode).fs.names_last:
                 raise
             missing = EntryAttributes()
             missing.st_ino = InodeT(0)
@@ -168,47 +177,53 @@ class GuestOperations(pyfuse3.Operations):
         return self._found(parent_inode, found)
 
     @_answered
-    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        node = Node(inode)
-        return self._entry(node, await self._now(node, self.tree.attributes, node))
+    def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(Node(inode), self.tree.attributes(Node(inode)))
 
     @_answered
-    async def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
-        return await self._now(inode, self.tree.read_link, Node(inode))
+    def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
+        return self.tree.read_link(Node(inode))
 
     @_answered
-    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+    def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         return FileHandleT(inode)
 
     @_answered
-    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+    def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         """Positions: 1 is behind `.`, 2 behind `..`, and those of the tree are shifted by that."""
         directory = Node(fh)
+        start = start_id
         for number, name in enumerate((b".", b"..")):
-            if start_id == number:
-                entry = self._entry(directory, await self._now(directory, self.tree.attributes, directory))
+            if start == number:
+                entry = EntryAttributes()  # of which the kernel takes no more than what it is
+                entry.st_ino = InodeT(directory)
+                entry.st_mode = ModeT(stat.S_IFDIR)
                 if not pyfuse3.readdir_reply(token, name, entry, number + 1):
                     return
-                start_id += 1
+                start += 1
         named = self._member(directory).fs.names_last
 
         def give(name: bytes, node: Node, attributes: Attributes, lasting: bool, position: int) -> bool:
             entry = self._entry(node, attributes, lasting=lasting, named=named)
             return pyfuse3.readdir_reply(token, name, entry, position + 2)
 
-        await self._now(directory, self.tree.entries, directory, start_id - 2, give)
+        try:
+            self.tree.entries(directory, start - 2, give)
+        except BlockingIOError:
+            if start == start_id:  # else the kernel has something, and asks for the rest
+                raise
 
     @_answered
-    async def releasedir(self, fh: FileHandleT) -> None:
+    def releasedir(self, fh: FileHandleT) -> None:
         return
 
     @_answered
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return cast(bytes, await self._now(fh, self.tree.read, Node(fh), off, size))
+    def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return cast(bytes, self.tree.read(Node(fh), off, size))
 
     @_answered
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        space = await self._now(ROOT, self.tree.space)
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = self.tree.space()
         result = StatvfsData()
         result.f_bsize = result.f_frsize = space.block_size
         result.f_blocks = space.blocks
@@ -219,83 +234,74 @@ class GuestOperations(pyfuse3.Operations):
         return result
 
     @_answered
-    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+    def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
         if inode == ROOT and name in self.facts:
             return self.facts[name]
-        return await self._now(inode, self.tree.xattr, Node(inode), name)
+        return self.tree.xattr(Node(inode), name)
 
     @_answered
-    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        return await self._now(inode, self.tree.xattr_names, Node(inode))
+    def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
+        return self.tree.xattr_names(Node(inode))
 
     @_answered
-    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+    def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         raise FUSEError(errno.ENOSYS)  # always allowed; the kernel does not ask again
 
     # Opening
 
     @_answered
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+    def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = Node(inode)
         fs = self._member(node).fs
         if fs.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        await self._now(node, self.tree.hold, node)
         if flags & os.O_TRUNC:
-            try:
-                await self._later(node, self.tree.change, node, Changes(), 0)
-            except BaseException:
-                await self._later(node, self.tree.let_go, node)
-                raise
+            self.tree.change(node, Changes(), 0)
+        self.tree.hold(node)
         overlaps = isinstance(fs, DeviceFiles) and not fs.read_only  # what is written to `disk` shows in `p1` as well
         return FileInfo(fh=FileHandleT(node), keep_cache=not overlaps)
 
     @_answered
-    async def create(
+    def create(
         self, parent_inode: InodeT, name: bytes, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        parent = Node(parent_inode)
         owner = self.owners.creator(ctx.uid, ctx.gid)
-
-        def create() -> Found:
-            found = self.tree.create(parent, name, mode, *owner)
-            self.tree.hold(found[0])
-            return found
-
-        found = await self._later(parent, create)
-        return FileInfo(fh=FileHandleT(found[0]), keep_cache=True), self._found(parent, found)
+        found = self.tree.create(Node(parent_inode), name, mode, *owner, hold=True)
+        return FileInfo(fh=FileHandleT(found[0]), keep_cache=True), self._found(parent_inode, found)
 
     @_answered
-    async def release(self, fh: FileHandleT) -> None:
-        node = Node(fh)
-        call = self._now if self._member(node).fs.read_only else self._later
-        await call(node, self.tree.let_go, node)
+    def release(self, fh: FileHandleT) -> None:
+        self.tree.let_go(Node(fh))
 
     @_answered
-    async def flush(self, fh: FileHandleT) -> None:
+    def flush(self, fh: FileHandleT) -> None:
         raise FUSEError(errno.ENOSYS)  # closing needs nothing of us; the kernel does not ask again
 
     @_answered
-    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._later(fh, self.tree.sync, self._member(fh))
+    def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        self.tree.sync(self._member(fh))
 
     @_answered
-    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._later(fh, self.tree.sync, self._member(fh))
+    def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        self.tree.sync(self._member(fh))
 
-    @_answered
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        """For nodes of several file systems, the worker of each takes its own back."""
-        by_member: dict[int, list[tuple[Node, int]]] = {}
+        """Nodes of several file systems may come together."""
+        by_member: dict[InodeT, list[tuple[Node, int]]] = {}
         for inode, count in inode_list:
-            by_member.setdefault(self._member(inode).root, []).append((Node(inode), count))
+            by_member.setdefault(InodeT(self._member(inode).root), []).append((Node(inode), count))
         for root, nodes in by_member.items():
-            await self._later(root, self.tree.forget, nodes)
+            with suppress(FUSEError):  # nobody waits for an answer
+                await self._forget(root, nodes)
+
+    @_answered
+    def _forget(self, root: InodeT, nodes: Sequence[tuple[Node, int]]) -> None:
+        self.tree.forget(nodes)
 
     # Changing
 
     @_answered
-    async def setattr(
+    def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
     ) -> EntryAttributes:
         node = Node(inode)
@@ -310,7 +316,7 @@ class GuestOperations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         size = attr.st_size if fields.update_size else None
-        return self._entry(node, await self._later(node, self.tree.change, node, changes, size))
+        return self._entry(node, self.tree.change(node, changes, size))
 
     @staticmethod
     def _new_owner(
@@ -326,51 +332,39 @@ class GuestOperations(pyfuse3.Operations):
         return None
 
     @_answered
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        await self._later(fh, self.tree.write, Node(fh), off, buf)
+    def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        self.tree.write(Node(fh), off, buf)
         return len(buf)
 
     @_answered
-    async def mknod(
-        self, parent_inode: InodeT, name: bytes, mode: ModeT, rdev: int, ctx: RequestContext
-    ) -> EntryAttributes:
-        return await self._new(self.tree.create, parent_inode, ctx, name, mode, device=rdev)
+    def mknod(self, parent_inode: InodeT, name: bytes, mode: ModeT, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        owner = self.owners.creator(ctx.uid, ctx.gid)
+        return self._found(parent_inode, self.tree.create(Node(parent_inode), name, mode, *owner, rdev))
 
     @_answered
-    async def mkdir(self, parent_inode: InodeT, name: bytes, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
-        return await self._new(self.tree.make_directory, parent_inode, ctx, name, mode)
+    def mkdir(self, parent_inode: InodeT, name: bytes, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        owner = self.owners.creator(ctx.uid, ctx.gid)
+        return self._found(parent_inode, self.tree.make_directory(Node(parent_inode), name, mode, *owner))
 
     @_answered
-    async def symlink(self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        return await self._new(self.tree.make_symlink, parent_inode, ctx, name, target)
-
-    async def _new(
-        self, make: Callable[..., Found], parent: int, ctx: RequestContext, name: bytes, what: object, **more: int
-    ) -> EntryAttributes:
-        uid, gid = self.owners.creator(ctx.uid, ctx.gid)
-
-        def made() -> Found:
-            return make(Node(parent), name, what, uid, gid, **more)
-
-        return self._found(parent, await self._later(parent, made))
+    def symlink(self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        owner = self.owners.creator(ctx.uid, ctx.gid)
+        return self._found(parent_inode, self.tree.make_symlink(Node(parent_inode), name, target, *owner))
 
     @_answered
-    async def link(
-        self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
-    ) -> EntryAttributes:
-        found = await self._later(inode, self.tree.link, Node(inode), Node(new_parent_inode), new_name)
-        return self._found(new_parent_inode, found)
+    def link(self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._found(new_parent_inode, self.tree.link(Node(inode), Node(new_parent_inode), new_name))
 
     @_answered
-    async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self._later(parent_inode, self.tree.unlink, Node(parent_inode), name)
+    def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        self.tree.unlink(Node(parent_inode), name)
 
     @_answered
-    async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self._later(parent_inode, self.tree.remove_directory, Node(parent_inode), name)
+    def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        self.tree.remove_directory(Node(parent_inode), name)
 
     @_answered
-    async def rename(
+    def rename(
         self,
         parent_inode_old: InodeT,
         name_old: bytes,
@@ -382,13 +376,13 @@ class GuestOperations(pyfuse3.Operations):
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
         old, new = Node(parent_inode_old), Node(parent_inode_new)
-        await self._later(old, self.tree.rename, old, name_old, new, name_new, replace=not flags)
+        self.tree.rename(old, name_old, new, name_new, replace=not flags)
 
     @_answered
-    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """The flags of setxattr(2) never come here: pyfuse3 sees to them by asking for the old value."""
-        await self._later(inode, self.tree.set_xattr, Node(inode), name, value)
+        self.tree.set_xattr(Node(inode), name, value)
 
     @_answered
-    async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self._later(inode, self.tree.remove_xattr, Node(inode), name)
+    def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        self.tree.remove_xattr(Node(inode), name)

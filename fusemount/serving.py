@@ -20,6 +20,7 @@ from fusemount.operations import GuestOperations
 from fusemount.owners import Owners
 from fusemount.state import MountState
 from fusemount.vfs import Tree
+from fusemount.waiting import wait_briefly_first
 from nbdserve.errors import NbdserveError
 
 _SYNC_SECONDS = 15
@@ -43,6 +44,7 @@ def mount_and_serve(
         OpenError: it could not be mounted.
     """
     operations = GuestOperations(tree, owners, state.facts, log)
+    wait_briefly_first(lambda: not operations.handed_on)
     mounting.explained(lambda: pyfuse3.init(operations, mountpoint, options))
     try:
         trio.run(_serve, operations, mountpoint, ready, log)
@@ -57,6 +59,8 @@ async def _serve(operations: GuestOperations, mountpoint: str, ready: Callable[[
     async with trio.open_nursery() as nursery:
         await nursery.start(_end_on_signal, operations, mountpoint, log)
         nursery.start_soon(_sync_now_and_then, operations)
+        if os.geteuid() == 0:
+            nursery.start_soon(trio.to_thread.run_sync, mounting.widen_read_ahead, mountpoint)
         ready()
         await pyfuse3.main()
         nursery.cancel_scope.cancel()

@@ -12,6 +12,7 @@ never closes a circle.
 
 A thread that must not wait (the event loop's, see `hasty`) gets BlockingIOError where a lock is taken or the device
 would have to be waited for. Such a call has changed nothing, and counts nothing, and may be repeated in another thread.
+What changes something cannot stop half way; the event loop does it in one case only, see _Patient.
 
 Counting: a node is the kernel's for as often as lookup(), entries(), create() and their kin have given it out; forget()
 takes that back, and is handed on to the adapter one for one. Entrances are never counted: they are kept.
@@ -23,7 +24,7 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from threading import Lock, get_ident
 from typing import NewType, Protocol
 
@@ -67,6 +68,7 @@ class Member:
         path: where its root lies on the host, if it is a home.
         above: the directory that its root hangs in; _NOWHERE for the first.
         changed: whether it has been changed since the last sync().
+        lock: held while it is called.
         covers: whether some of its directories are entrances.
     """
 
@@ -82,12 +84,12 @@ class Member:
         self.changed = False
         self.covers = False
         self._hasty = hasty
-        self._lock = Lock()
+        self.lock = Lock()
 
     def __enter__(self) -> FileSystem:
         if get_ident() != self.tree.hasty:
-            self._lock.acquire()
-        elif self._hasty is None or not self._lock.acquire(blocking=False):
+            self.lock.acquire()
+        elif self._hasty is None or not self.lock.acquire(blocking=False):
             raise error(errno.EAGAIN)
         else:
             self._hasty.nowait = True
@@ -96,18 +98,51 @@ class Member:
     def __exit__(self, *_: object) -> None:
         if self._hasty is not None:
             self._hasty.nowait = False
-        self._lock.release()
+        self.lock.release()
 
-    def changing(self) -> Member:
-        """Itself, for a with-block that changes something; such calls may wait."""
-        assert get_ident() != self.tree.hasty
-        self.changed = True
-        return self
+    def changing(self) -> _Patient:
+        """For a with-block that changes something."""
+        return _Patient(self, changes=True)
+
+    def patiently(self) -> _Patient:
+        """For a with-block of calls that may have to wait for the device."""
+        return _Patient(self, changes=False)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is the tree's only file system, and can be told not to wait where it only looks."""
+        return self._hasty is not None and len(self.tree.members) == 1
 
     def node(self, inode: Inode) -> Node:
         """The node of one of its inodes."""
         number = self.base | inode
         return self.tree.entrances.get(number) or Node(number if number > ROOT else number | _MOVED)
+
+
+class _Patient:
+    """A with-block in which a file system is called that may wait for its device, since it cannot stop half way.
+
+    The hasty thread may do so where there is one file system alone: whoever else wants something then wants it of that
+    one, and would have to wait for its lock anyway.
+    """
+
+    __slots__ = ("_changes", "_member")
+
+    def __init__(self, member: Member, *, changes: bool) -> None:
+        self._member = member
+        self._changes = changes
+
+    def __enter__(self) -> FileSystem:
+        member = self._member
+        if get_ident() != member.tree.hasty:
+            member.lock.acquire()
+        elif not member.is_alone or not member.lock.acquire(blocking=False):
+            raise error(errno.EAGAIN)
+        member.changed |= self._changes
+        return member.fs
+
+    def __exit__(self, *_: object) -> None:
+        self._member.lock.release()
 
 
 class Tree:
@@ -303,12 +338,19 @@ class Tree:
 
     def peek(self, parent: Node, name: bytes) -> Found | None:
         """Like lookup(), but not counted, and None where there is nothing."""
-        try:
-            found = self.lookup(parent, name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        self.forget([(found[0], 1)])
-        return found
+        member, directory = self.split(parent)
+        with member as fs:
+            try:
+                inode = fs.lookup(directory, name)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            try:
+                entrance = self.entrances.get(member.base | inode)
+                if entrance is None:
+                    return member.node(inode), fs.attributes(inode)
+            finally:
+                fs.forget(inode)
+        return entrance, self.attributes(entrance)
 
     def home(self, node: Node) -> Node:
         """Where absolute symbolic links in this node's file system start."""
@@ -334,8 +376,10 @@ class Tree:
     # Holding
 
     def hold(self, node: Node) -> None:
-        """See FileSystem.hold()."""
+        """See FileSystem.hold(). Where nothing can be removed, nothing needs to be held."""
         member, inode = self.split(node)
+        if member.fs.read_only:
+            return
         with member as fs:
             fs.hold(inode)
             self._held[node] += 1
@@ -343,20 +387,24 @@ class Tree:
     def let_go(self, node: Node) -> None:
         """See FileSystem.let_go(); may have to wait, because the content of the file may go."""
         member, inode = self.split(node)
-        with member as fs:
+        if member.fs.read_only:
+            return
+        with member.patiently() as fs:
             self._held[node] -= 1
             if not self._held[node]:
                 del self._held[node]
                 self._harmless.discard(node)
             fs.let_go(inode)
 
-    def forget(self, nodes: Iterable[tuple[Node, int]]) -> None:
-        """The kernel gives nodes back, each for a number of times."""
-        for node, count in nodes:
-            member, inode = self.split(node)
-            if node == member.root:
-                continue
-            with member as fs:
+    def forget(self, nodes: Sequence[tuple[Node, int]]) -> None:
+        """The kernel gives nodes of one file system back, each for a number of times."""
+        member, _ = self.split(nodes[0][0])
+        with member if member.fs.read_only else member.patiently() as fs:
+            for node, count in nodes:
+                other, inode = self.split(node)
+                assert other is member
+                if node == member.root:
+                    continue
                 if node in self._places:
                     left, parent = self._places[node]
                     if left > count:
@@ -365,16 +413,27 @@ class Tree:
                         del self._places[node]
                 fs.forget(inode, count)
 
-    # Changing. These may wait, and are not for the hasty thread.
+    # Changing
 
-    def create(self, parent: Node, name: bytes, mode: int, uid: int, gid: int, device: int = 0) -> Found:
-        """See FileSystem.create(). What is created in a set-group-ID directory belongs to its group."""
+    def create(
+        self, parent: Node, name: bytes, mode: int, uid: int, gid: int, device: int = 0, *, hold: bool = False
+    ) -> Found:
+        """See FileSystem.create(). What is created in a set-group-ID directory belongs to its group.
+
+        Args:
+            hold: see hold().
+        """
         member, directory = self.split(parent)
         with member.changing() as fs:
             above = fs.attributes(directory)
             if above.mode & stat.S_ISGID:
                 gid = above.gid
-            return self._counted(member, parent, fs.create(directory, name, mode, uid, gid, device))
+            inode = fs.create(directory, name, mode, uid, gid, device)
+            node, attributes = self._counted(member, parent, inode)
+            if hold:
+                fs.hold(inode)
+                self._held[node] += 1
+            return node, attributes
 
     def make_directory(self, parent: Node, name: bytes, mode: int, uid: int, gid: int) -> Found:
         """See FileSystem.make_directory(). Set-group-ID is inherited."""
@@ -495,7 +554,9 @@ class Tree:
             fs.remove_xattr(inode, name)
 
     def sync(self, member: Member) -> None:
-        """Return when what was changed in a file system so far is on stable storage."""
+        """Return when what was changed in a file system so far is on stable storage. Not for the hasty thread."""
+        if get_ident() == self.hasty:
+            raise error(errno.EAGAIN)
         with member as fs:
             changed, member.changed = member.changed, False
             try:

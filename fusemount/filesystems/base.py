@@ -16,7 +16,8 @@ Contract of every adapter, checked by the conformance suite in tests/fusemount/c
 - Failures are OSError with the errno that the kernel would give: ENOENT, ENOTDIR, EEXIST, ENOTEMPTY, ENOSPC, ENODATA,
   EROFS when it was opened read-only ... Damaged metadata is EIO for what it concerns, and all else goes on working.
 - Names are bytes, 1 to 255 of them, without `/` and NUL, and never `.` or `..`: an entry of the image whose name breaks
-  this is not shown. File systems that store characters give UTF-8.
+  this is not shown. File systems that store characters give UTF-8; where they store 255 units of UTF-16, names have up
+  to 765 bytes (LONGEST_UTF16_NAME), which FUSE hands on (its limit is 1024) and ls, find and tar take. Space tells.
 - What was changed is seen by the next call at once, and survives a crash once a later sync() has returned.
 - A read-only method may raise BlockingIOError when its device does, having changed nothing: it is called again later.
 """
@@ -36,6 +37,9 @@ from nbdserve.errors import OpenError
 
 Inode = NewType("Inode", int)
 """The number of a file in its file system."""
+
+LONGEST_UTF16_NAME = 255 * 3
+"""How many bytes of UTF-8 255 units of UTF-16 can become: none more than three, for a pair of surrogates makes four."""
 
 XATTR_CREATE = 1
 XATTR_REPLACE = 2
@@ -63,8 +67,7 @@ class Condition:
         return cls(readable=False, writable=False, dirty=False, remark=str(failure))
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(NamedTuple):
     """What stat(2) tells of an inode.
 
     Attributes:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from struct import Struct
 from typing import NamedTuple
 from uuid import UUID
-
-from construct import Bytes, Const, Int32ul, Int64ul, Padding, Struct
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import FormatError
@@ -25,34 +24,12 @@ from nbdserve.partitions.table import Partition, PartitionTable, TableKind
 SECTOR_SIZES = (512, 4096)
 MAX_ENTRIES_SIZE = 1 << 20
 _SIGNATURE = b"EFI PART"
-_HEADER_SIZE = 92
-_ENTRY_SIZE = 128
 _LEGACY_BOOTABLE = 1 << 2
 _CRC = slice(16, 20)
 
-_HEADER = Struct(
-    Const(_SIGNATURE),
-    Padding(4),
-    "header_size" / Int32ul,
-    "crc" / Int32ul,
-    Padding(4),
-    "own_sector" / Int64ul,
-    "other_sector" / Int64ul,
-    Padding(32),
-    "entries_sector" / Int64ul,
-    "entry_count" / Int32ul,
-    "entry_size" / Int32ul,
-    "entries_crc" / Int32ul,
-)
-
-_ENTRY = Struct(
-    "type" / Bytes(16),
-    "uuid" / Bytes(16),
-    "first" / Int64ul,
-    "last" / Int64ul,
-    "attributes" / Int64ul,
-    "name" / Bytes(72),
-)
+# signature, header_size crc own_sector other_sector entries_sector entry_count entry_size entries_crc
+_HEADER = Struct("<8s4xII4xQQ32xQIII")
+_ENTRY = Struct("<16s16sQQQ72s")  # type uuid first last attributes name
 
 
 class Header(NamedTuple):
@@ -103,19 +80,20 @@ def _header(device: BlockDevice, sector_size: int, sector: int) -> Header | None
     raw = bytes(device.read(sector * sector_size, sector_size))
     if not raw.startswith(_SIGNATURE):
         return None
-    fields = _HEADER.parse(raw)
-    if not _HEADER_SIZE <= fields.header_size <= sector_size or fields.own_sector != sector:
+    fields = _HEADER.unpack_from(raw)
+    _, header_size, crc, own_sector, other_sector, entries_sector, entry_count, entry_size, entries_crc = fields
+    if not _HEADER.size <= header_size <= sector_size or own_sector != sector:
         return None
-    if zlib.crc32(raw[: _CRC.start] + bytes(4) + raw[_CRC.stop : fields.header_size]) != fields.crc:
+    if zlib.crc32(raw[: _CRC.start] + bytes(4) + raw[_CRC.stop : header_size]) != crc:
         return None
-    multiple, rest = divmod(fields.entry_size, _ENTRY_SIZE)
+    multiple, rest = divmod(entry_size, _ENTRY.size)
     if rest or multiple < 1 or multiple & (multiple - 1):
         return None
-    length = fields.entry_count * fields.entry_size
-    offset = fields.entries_sector * sector_size
+    length = entry_count * entry_size
+    offset = entries_sector * sector_size
     if length > MAX_ENTRIES_SIZE or offset + length > device.size:
         return None
-    return Header(sector_size, fields.other_sector, offset, fields.entry_size, fields.entry_count, fields.entries_crc)
+    return Header(sector_size, other_sector, offset, entry_size, entry_count, entries_crc)
 
 
 def _entries(device: BlockDevice, header: Header) -> bytes | None:
@@ -126,16 +104,15 @@ def _entries(device: BlockDevice, header: Header) -> bytes | None:
 def _partitions(header: Header, entries: bytes) -> Iterator[Partition]:
     """The entries in use; an unused one keeps its number."""
     for index in range(header.entry_count):
-        raw = entries[index * header.entry_size :][:_ENTRY_SIZE]
-        if not any(raw[:16]):
+        type, uuid, first, last, attributes, name = _ENTRY.unpack_from(entries, index * header.entry_size)
+        if not any(type):
             continue
-        fields = _ENTRY.parse(raw)
         yield Partition(
             index + 1,
-            offset=fields.first * header.sector_size,
-            size=max(0, fields.last + 1 - fields.first) * header.sector_size,
-            type=UUID(bytes_le=fields.type),
-            uuid=str(UUID(bytes_le=fields.uuid)),
-            label=fields.name.decode("utf-16-le", errors="replace").partition("\0")[0],
-            bootable=bool(fields.attributes & _LEGACY_BOOTABLE),
+            offset=first * header.sector_size,
+            size=max(0, last + 1 - first) * header.sector_size,
+            type=UUID(bytes_le=type),
+            uuid=str(UUID(bytes_le=uuid)),
+            label=name.decode("utf-16-le", errors="replace").partition("\0")[0],
+            bootable=bool(attributes & _LEGACY_BOOTABLE),
         )

@@ -10,8 +10,7 @@ Source: UEFI specification 2.10, section 5.2 (the record); for the numbers, what
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from construct import Array, Const, Int8ul, Int32ul, Padding, Struct
+from struct import Struct
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.partitions.table import Partition, PartitionTable, TableKind
@@ -21,14 +20,9 @@ MAX_LOGICAL = 256
 _EXTENDED = frozenset((0x05, 0x0F, 0x85))
 _PROTECTIVE = 0xEE
 
-_RECORD = Struct(
-    Padding(440),
-    "signature" / Int32ul,
-    Padding(2),
-    "entries"
-    / Array(4, Struct("flag" / Int8ul, Padding(3), "type" / Int8ul, Padding(3), "start" / Int32ul, "count" / Int32ul)),
-    Const(b"\x55\xaa"),
-)
+_SIGNATURE = Struct("<440xI")
+_ENTRIES_OFFSET, _ENTRIES = 446, 4
+_ENTRY = Struct("<B3xB3xII")  # flag type start count
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +80,11 @@ def _parse(sector: bytes) -> Record | None:
     """Take a sector apart; None without the signature, or where boot flags show that no table lies there."""
     if not sector.endswith(b"\x55\xaa"):
         return None
-    fields = _RECORD.parse(sector)
-    if any(entry.flag not in (0x00, 0x80) for entry in fields.entries):
+    entries = list(_ENTRY.iter_unpack(sector[_ENTRIES_OFFSET:][: _ENTRIES * _ENTRY.size]))
+    if any(flag not in (0x00, 0x80) for flag, _, _, _ in entries):
         return None
-    entries = (Entry(entry.flag == 0x80, entry.type, entry.start, entry.count) for entry in fields.entries)
-    return Record(fields.signature, tuple(entries))
+    (signature,) = _SIGNATURE.unpack_from(sector)
+    return Record(signature, tuple(Entry(flag == 0x80, *rest) for flag, *rest in entries))
 
 
 def _is_boot_sector(sector: bytes) -> bool:

@@ -9,28 +9,30 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark import report
+from benchmark import mounts, report
 from benchmark.cases import Case, all_cases
 from benchmark.images import MIB, Images
 from benchmark.servers import Place, Server, free_port, installed, running
 from benchmark.tools import TOOL_CASES, measured
 from nbdserve.certificates import make_certificates
 
-_PEERS = ("qemu-nbd", "nbdkit", "nbd-server")
+_PEERS = ("qemu-nbd", "nbdkit", "nbd-server", *mounts.PEERS)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Measure nbdserve beside qemu-nbd, nbdkit and nbd-server, as far as they are installed, and nbdimg "
-        "beside qemu-img; fio with its nbd engine, qemu-img and nbdcopy have to be there. What counts are ratios: how "
-        "many times better ours is.",
+        description="Measure nbdserve beside qemu-nbd, nbdkit and nbd-server, as far as they are installed, nbdimg "
+        "beside qemu-img, and fusemount beside fuse2fs, guestmount, qemu-storage-daemon and nbdfuse; fio with its nbd "
+        "engine, qemu-img, nbdcopy and mkfs.ext4 have to be there. What counts are ratios: how many times better ours "
+        "is.",
     )
     parser.add_argument("-r", "--rounds", type=int, default=5, help="measurements of each program in a case (5)")
     parser.add_argument("-s", "--seconds", type=float, default=2.0, help="length of one measurement with fio (2)")
     parser.add_argument("-c", "--cases", metavar="REGEX", default="", help="only cases whose names match")
     parser.add_argument("-p", "--peers", nargs="*", default=_PEERS, choices=_PEERS, help="measure only these peers")
     parser.add_argument("--size", type=int, default=256, help="MiB of the disks that are served (256)")
+    parser.add_argument("--files", type=int, default=2000, help="files in the tree that is mounted (2000)")
     parser.add_argument("--directory", type=Path, help="where to put the disks; default: a temporary directory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the ratios there")
@@ -43,11 +45,13 @@ def main() -> int:
     options = _parser().parse_args()
     cases = [case for case in all_cases(options.size * MIB) if re.search(options.cases, case.name)]
     tools = [case for case in TOOL_CASES if re.search(options.cases, case.name)]
+    mounting = [case for case in mounts.all_cases(options.files) if re.search(options.cases, case.name)]
     if options.list:
-        print("\n".join(case.name for case in (*cases, *tools)))
+        print("\n".join(case.name for case in (*cases, *tools, *mounting)))
         return 0
-    wanted = ("fio", "qemu-img", "nbdcopy") if cases else ("qemu-img",)
-    if missing := [tool for tool in wanted if not shutil.which(tool)]:
+    wanted = {"fio", "qemu-img", "nbdcopy"} if cases else {"qemu-img"} if tools else set()
+    wanted |= {"mkfs.ext4", "fusermount3"} if mounting else set()
+    if missing := [tool for tool in sorted(wanted) if not shutil.which(tool)]:
         print(f"scripts/bench: {', '.join(missing)} not found; install it first", file=sys.stderr)
         return 1
     servers = installed(options.peers)
@@ -61,6 +65,9 @@ def main() -> int:
                 rows.append(row)
                 print(report.line(row), flush=True)
         for row in measured(tools, images, options.rounds):
+            rows.append(row)
+            print(report.line(row), flush=True)
+        for row in mounts.measured(mounting, options.peers, Path(folder), options.files, options.rounds):
             rows.append(row)
             print(report.line(row), flush=True)
     if options.json:

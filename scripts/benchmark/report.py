@@ -14,7 +14,16 @@ from typing import Protocol
 from benchmark.cases import Sample
 
 OURS = "nbdserve"
-_COLOURS = {"qemu-nbd": "#4878a8", "qemu-img": "#4878a8", "nbdkit": "#e08840", "nbd-server": "#6a9a58"}
+_COLOURS = {
+    "qemu-nbd": "#4878a8",
+    "qemu-img": "#4878a8",
+    "qemu-storage-daemon": "#4878a8",
+    "nbdkit": "#e08840",
+    "nbdfuse": "#e08840",
+    "nbd-server": "#6a9a58",
+    "fuse2fs": "#9068a8",
+    "guestmount": "#a85858",
+}
 
 
 class Measured(Protocol):

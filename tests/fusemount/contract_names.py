@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 
-from fusemount.filesystems.base import Entry
+from fusemount.filesystems.base import LONGEST_UTF16_NAME, Entry
 from tests.fusemount.subject import (
     MISSING_FEATURE,
     Subject,
@@ -86,6 +86,22 @@ def check_names(subject: Subject) -> None:
             assert content(fs, fs.lookup(fs.root, name)) == name
 
 
+def check_longest_names(subject: Subject) -> None:
+    """255 bytes, or 255 units of UTF-16 where names are characters, as space() says; one more is too long."""
+    with mounted(subject) as fs:
+        character = "\u65e5".encode()  # one unit, three bytes
+        in_units = fs.space().longest_name == LONGEST_UTF16_NAME
+        longest = character * (255 if in_units else 85)
+        new_file(fs, longest, b"content")
+        attempt({errno.ENAMETOOLONG}, new_file, fs, longest + b"x")
+        attempt({errno.ENAMETOOLONG}, new_file, fs, longest + character)
+        assert longest in names(fs, fs.root)
+        assert content(fs, fs.lookup(fs.root, longest)) == b"content"
+        fs.rename(fs.root, longest, fs.root, character)
+        fs.rename(fs.root, character, fs.root, longest)
+        fs.unlink(fs.root, longest)
+
+
 def check_inode_numbers(subject: Subject) -> None:
     """A number stays a file's own through renames, and is not given to another before it is forgotten."""
     with mounted(subject) as fs:
@@ -152,6 +168,7 @@ def check_moving_directories(subject: Subject) -> None:
 CHECKS = (
     check_refusals,
     check_names,
+    check_longest_names,
     check_inode_numbers,
     check_listing,
     check_moving_directories,

@@ -43,6 +43,47 @@ def test_reading(mountpoint: Path) -> None:
     assert mount.end["held"] == 0
 
 
+def test_names_longer_than_255_bytes(mountpoint: Path) -> None:
+    name = "\u65e5" * 255
+    with CountingMount(mountpoint) as mount:
+        assert (
+            mount.do(
+                f"""
+os.chdir({str(mountpoint / "mine")!r})
+for name in ({name!r}, "x" * 766):
+    open(name, "w").write("content")
+assert sorted(each for each in os.listdir(".") if len(each) > 99) == ["x" * 766, {name!r}]
+assert os.stat({name!r}).st_size == 7
+try:
+    os.stat("x" * 5000)
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"""
+            )
+            == "ENAMETOOLONG\n"
+        )
+        assert (
+            mount.sh("find . -name '\u65e5*' | wc -c; tar c mine | tar t | grep -c '\u65e5'")
+            == f"{2 + 5 + 765 + 1}\n1\n"
+        )
+
+
+def test_a_missing_name_appears_when_something_gets_it(mountpoint: Path) -> None:
+    with CountingMount(mountpoint) as mount:
+        assert (
+            mount.sh(
+                """
+                cd mine
+                fails cat a; fails cat b; fails cat c/d; fails stat e; fails cat f
+                echo 1 > a; cat a; mv a b; cat b; fails cat a
+                mkdir c; echo 2 > c/d; cat c/d; ln -s b e; cat e; ln c/d f; cat f
+                rm b; fails cat e; fails cat b; echo 3 > b; cat e
+                """
+            )
+            == "1\n1\n2\n1\n2\n3\n"
+        )
+
+
 def test_what_may_wait_is_answered_by_the_worker(mountpoint: Path) -> None:
     with CountingMount(mountpoint, slow=True) as mount:
         assert len(mount.sh("ls -l many").splitlines()) == 501

@@ -25,7 +25,8 @@ def names(tree: Tree, directory: Node = ROOT) -> dict[bytes, Node]:
         return True
 
     tree.entries(directory, 0, give)
-    tree.forget([(node, 1) for node in found.values()])
+    for node in found.values():
+        tree.forget([(node, 1)])
     return found
 
 
@@ -223,6 +224,58 @@ def test_without_a_switch_everything_may_wait() -> None:
     tree.hasty = threading.get_ident()
     with pytest.raises(BlockingIOError):
         tree.attributes(ROOT)
+
+
+def test_the_hasty_thread_changes_the_only_file_system() -> None:
+    fs = CountingFileSystem()
+    tree = Tree(fs, fs)
+    tree.hasty = threading.get_ident()
+    made = tree.create(ROOT, b"a", 0o644, 0, 0, hold=True)[0]
+    tree.write(made, 0, b"text")
+    assert tree.read(made, 0, 9) == b"text"
+    tree.let_go(made)
+    tree.forget([(made, 1)])
+    assert not +fs.held
+    assert not +fs.given
+    with pytest.raises(BlockingIOError):
+        tree.sync(tree.members[0])
+    with tree.members[0].lock, pytest.raises(BlockingIOError):
+        tree.unlink(ROOT, b"a")
+    assert tree.peek(ROOT, b"a")
+
+
+def test_the_hasty_thread_changes_nothing_where_there_are_several() -> None:
+    fs, other = CountingFileSystem(), CountingFileSystem()
+    other.put("a", b"text")
+    fs.put("d/x")
+    tree = Tree(fs, fs)
+    directory = tree.lookup(ROOT, b"d")[0]
+    root = tree.mount(ROOT, directory, other, other).root
+    tree.hasty = threading.get_ident()
+    for change in (
+        lambda: tree.create(root, b"b", 0o644, 0, 0),
+        lambda: tree.unlink(root, b"a"),
+        lambda: tree.forget([(directory, 1)]),
+    ):
+        with pytest.raises(BlockingIOError):
+            change()
+    found = tree.peek(root, b"a")
+    assert found is not None
+    assert found[1].size == 4
+    assert not +other.given, "peeking counts nothing"
+    tree.hasty = 0
+    assert list(names(tree, root)) == [b"a"]
+
+
+def test_a_read_only_file_system_holds_nothing() -> None:
+    fs = CountingFileSystem(read_only=True)
+    fs.put("a")
+    tree = Tree(fs, fs)
+    node = tree.lookup(ROOT, b"a")[0]
+    tree.hold(node)
+    assert not +fs.held
+    tree.let_go(node)
+    assert not +fs.held
 
 
 # Owners and modes

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fusemount.filesystems.base import Attributes, Entry, FileSystem, Inode, Space, error
+from fusemount.filesystems.base import LONGEST_UTF16_NAME, Attributes, Entry, FileSystem, Inode, Space, error
 from fusemount.filesystems.exfat.boot import Geometry
 from fusemount.filesystems.exfat.clusters import Chain, Clusters
 from fusemount.filesystems.exfat.entries import SIZE, File, FileAttributes, Table, parse_directory
@@ -103,7 +103,7 @@ class ExfatReader(FileSystem):
     def space(self) -> Space:
         if self._free is None:
             self._free = self._count_free()
-        return Space(self._geometry.cluster, self._geometry.clusters, self._free, 0, 0)
+        return Space(self._geometry.cluster, self._geometry.clusters, self._free, 0, 0, LONGEST_UTF16_NAME)
 
     # Files and directories
 

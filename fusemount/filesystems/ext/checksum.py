@@ -35,12 +35,17 @@ def _reverse(value: int) -> int:
 
 
 def _fastest() -> Callable[[int, bytes | bytearray], int]:
-    from fusemount.filesystems.ext import library
+    """Through ctypes: cffi, which writing needs, takes long to load."""
+    import ctypes
 
-    native = library.load()
-    if native is None:
+    from fusemount.filesystems.ext.library import NAME
+
+    try:
+        compute = ctypes.CDLL(NAME).ext2fs_crc32c_le
+    except (OSError, AttributeError):
         return slow_crc32c
-    compute = native.ext2fs_crc32c_le
+    compute.restype = ctypes.c_uint32
+    compute.argtypes = (ctypes.c_uint32, ctypes.c_char_p, ctypes.c_size_t)
 
     def crc(value: int, data: bytes | bytearray) -> int:
         checksum: int = compute(value, bytes(data), len(data))

@@ -85,7 +85,6 @@ struct ext2fs_extent {
     uint32_t e_flags;
 };
 
-uint32_t ext2fs_crc32c_le(uint32_t, const unsigned char *, size_t);
 errcode_t ext2fs_dirhash(int, const char *, int, const uint32_t *, uint32_t *, uint32_t *);
 
 errcode_t ext2fs_open2(const char *, const char *, int, int, unsigned int, io_manager, ext2_filsys *);

@@ -3,7 +3,7 @@
 Outside, names are UTF-8. What a long entry holds that UTF-8 cannot say (half a surrogate pair) is passed through in the
 way of UTF-8, so that each name is shown differently and can be looked up; new names of that kind are refused.
 
-A long name that must not be shown (a slash in it, more than 255 bytes of UTF-8) gives way to the file's short name.
+A long name that must not be shown (a slash in it) gives way to the file's short name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from functools import lru_cache
 
-from fusemount.filesystems.base import error
+from fusemount.filesystems.base import LONGEST_UTF16_NAME, error
 
 CODE_PAGE = "cp850"
 """Which characters the bytes of short names are; the volume does not say. It is the choice of mtools and fsck.vfat."""
@@ -19,7 +19,7 @@ CODE_PAGE = "cp850"
 LOWER_BASE, LOWER_EXTENSION = 0x08, 0x10
 """How Windows NT notes that a name fits the 8.3 form but for its case; kept in byte 12 of the entry."""
 
-_LONGEST = 255
+_MOST_UNITS = 255  # of UTF-16
 _REFUSED = frozenset('*?<>|":/\\' + "".join(map(chr, range(32))))
 _SHORT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'()-@^_`{}~")
 _UNITS_PER_SLOT = 13
@@ -27,7 +27,7 @@ _UNITS_PER_SLOT = 13
 
 def is_presentable(name: bytes) -> bool:
     """Whether a name may be shown to a caller at all."""
-    return 0 < len(name) <= _LONGEST and b"/" not in name and b"\0" not in name and name not in (b".", b"..")
+    return 0 < len(name) <= LONGEST_UTF16_NAME and b"/" not in name and b"\0" not in name and name not in (b".", b"..")
 
 
 def text_of(name: bytes) -> str | None:
@@ -40,12 +40,12 @@ def text_of(name: bytes) -> str | None:
 
 def new_text(name: bytes) -> str:
     """The characters of a name that a file is to be given. Raises EINVAL, ENAMETOOLONG."""
-    if len(name) > _LONGEST:
-        raise error(errno.ENAMETOOLONG)
     try:
         text = name.decode().rstrip(".")  # as Windows and Linux do it
     except UnicodeDecodeError:
         raise error(errno.EINVAL) from None
+    if len(name) > LONGEST_UTF16_NAME or len(text.encode("utf-16-le")) > 2 * _MOST_UNITS:
+        raise error(errno.ENAMETOOLONG)
     if not text or text.endswith(" ") or not _REFUSED.isdisjoint(text):
         raise error(errno.EINVAL)
     return text

@@ -7,7 +7,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from fusemount.filesystems.base import Attributes, Entry, FileSystem, Inode, Space, error
+from fusemount.filesystems.base import LONGEST_UTF16_NAME, Attributes, Entry, FileSystem, Inode, Space, error
 from fusemount.filesystems.fat import entries as fat_entries
 from fusemount.filesystems.fat.boot import ENTRY_SIZE
 from fusemount.filesystems.fat.chain import Chain
@@ -175,7 +175,7 @@ class FatReader(FileSystem):
 
     def space(self) -> Space:
         geometry = self.volume.geometry
-        return Space(geometry.cluster_size, geometry.end_cluster - 2, self.volume.free(), inodes=0, free_inodes=0)
+        return Space(geometry.cluster_size, geometry.end_cluster - 2, self.volume.free(), 0, 0, LONGEST_UTF16_NAME)
 
     # Holding
 

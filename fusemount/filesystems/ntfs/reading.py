@@ -16,7 +16,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from fusemount.filesystems.base import Attributes, Entry, FileSystem, Inode, Space, error
+from fusemount.filesystems.base import LONGEST_UTF16_NAME, Attributes, Entry, FileSystem, Inode, Space, error
 from fusemount.filesystems.ntfs import links
 from fusemount.filesystems.ntfs.directory import Directory, Name, read_directory
 from fusemount.filesystems.ntfs.links import FileAttributes
@@ -111,7 +111,9 @@ class NtfsReader(FileSystem):
         free = self._free_clusters()
         cluster = self.volume.geometry.cluster
         spare = free * cluster // self.volume.geometry.record
-        return Space(cluster, self.volume.geometry.clusters, free, self.volume.records + spare, spare)
+        return Space(
+            cluster, self.volume.geometry.clusters, free, self.volume.records + spare, spare, LONGEST_UTF16_NAME
+        )
 
     # What the methods above share, with the writer too
 

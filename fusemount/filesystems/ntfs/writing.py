@@ -20,7 +20,6 @@ import errno
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from fusemount.filesystems.base import XATTR_CREATE, XATTR_REPLACE, Attributes, Changes, Inode, Space, error
@@ -58,7 +57,7 @@ class NtfsWriter(NtfsReader):
 
     def attributes(self, inode: Inode) -> Attributes:
         found = super().attributes(inode)
-        return replace(found, links=found.links - 1) if inode in self._aside else found
+        return found._replace(links=found.links - 1) if inode in self._aside else found
 
     def directory(self, inode: Inode) -> Directory:
         known = super().directory(inode)

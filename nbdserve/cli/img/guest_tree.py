@@ -93,7 +93,8 @@ class Guest:
 
     def release(self, found: Iterable[Found]) -> None:
         """Done with what children() or find() returned."""
-        self.tree.forget((each.node, 1) for each in found)
+        for each in found:
+            self.tree.forget([(each.node, 1)])
 
     def content(self, found: Found) -> Iterator[tuple[int, memoryview]]:
         """A file's content in pieces of at most 1 MiB, each with its offset; a piece may be all zeros."""
