@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import nbdserve
-from nbdserve.cli.common import add_force_share, add_references, policy_of, run, say
+from nbdserve.cli.common import add_force_share, add_references, format_help, policy_of, run, say
 from nbdserve.errors import NbdserveError, OpenError
-from nbdserve.formats import FORMATS
 
 if TYPE_CHECKING:
     from fusemount.assembly import View
@@ -78,8 +77,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--raw-links", action="store_true", help="symbolic links as stored, even where they lead outside")
 
     image = result.add_argument_group("the image")
-    formats = ", ".join(FORMATS)
-    image.add_argument("--format", metavar="FMT", help=f"one of {formats}; default: recognised by content")
+    image.add_argument("--format", metavar="FMT", help=format_help())
     add_references(image)
     add_force_share(image)
 
