@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -226,6 +227,7 @@ def _open_image(options: argparse.Namespace, *, read_only: bool) -> BlockDevice:
 
 def _mount(options: argparse.Namespace, handed_on: set[str]) -> None:
     """In the foreground here; otherwise in a child, of which we only await that it has mounted."""
+    gc.disable()  # until all is set up: nothing of that is garbage
     from fusemount import mounting
 
     mounting.check_host()

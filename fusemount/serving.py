@@ -7,6 +7,7 @@ what was written, and then the processes that hold those files lose them.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -46,6 +47,8 @@ def mount_and_serve(
     operations = GuestOperations(tree, owners, state.facts, log)
     wait_briefly_first(lambda: not operations.handed_on)
     mounting.explained(lambda: pyfuse3.init(operations, mountpoint, options))
+    gc.freeze()  # modules live to the end; looking at them then would take longer than all else that unmounting takes
+    gc.enable()
     try:
         trio.run(_serve, operations, mountpoint, ready, log)
     finally:
