@@ -152,6 +152,7 @@ def run_guest(
     initrd: Path,
     devices: Sequence[str],
     *,
+    options: str = "",
     seconds: float = BOOT_SECONDS,
     memory: int = 256,
 ) -> str:
@@ -159,6 +160,7 @@ def run_guest(
 
     Args:
         devices: QEMU's arguments for the disk and what else there is (-drive, -device, -object, -virtfs ...).
+        options: more words for the kernel's command line, such as BOOT_DISK's root=.
         memory: MiB.
 
     Error handling:
@@ -168,7 +170,7 @@ def run_guest(
     image = unpacked if _unpack(kernel, unpacked) else kernel.image
     command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(memory), "-nodefaults", "-no-reboot"]
     command += ["-display", "none", "-serial", "stdio", *devices]
-    command += ["-kernel", str(image), "-initrd", str(initrd), "-append", KERNEL_OPTIONS]
+    command += ["-kernel", str(image), "-initrd", str(initrd), "-append", f"{KERNEL_OPTIONS} {options}"]
     try:
         process = subprocess.run(
             command,
