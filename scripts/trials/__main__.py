@@ -58,7 +58,10 @@ def main() -> int:
     if not any(options.only in kind for kind in trial.kinds):
         parser.error(f"no kind of {trial.name} contains {options.only!r}; there are {', '.join(trial.kinds)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    return _played(trial, options)
+    try:
+        return _played(trial, options)
+    except KeyboardInterrupt:
+        return 130  # what there is to say has been said
 
 
 def _played(trial: Trial, options: argparse.Namespace) -> int:
