@@ -13,6 +13,7 @@ import pytest
 from nbdserve.errors import FormatError, OpenError, Unsupported
 from nbdserve.formats.luks.create import create_image
 from tests.formats import luks_images as luks
+from tests.formats.usage import patch
 from tests.reference import needs
 
 pytestmark = needs("module:cryptography")
@@ -29,12 +30,6 @@ def made(directory: Path) -> Path:
     image = directory / "image"
     create_image(image, MIB, luks.passphrase, milliseconds=1)
     return image
-
-
-def patch(image: Path, at: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nbdserve.formats.vmdk.create import Subformat, create_image
 from nbdserve.formats.vmdk.stream import write_stream_optimized
 from nbdserve.opening import open_image
 from tests.formats import vmdk_images as vmdk
-from tests.formats.usage import use_damaged
+from tests.formats.usage import patch, use_damaged
 from tests.formats.zero_ranges import our_zeros, qemu_zeros
 from tests.reference import needs, qemu_content
 
@@ -45,12 +45,6 @@ def places(image: Path) -> tuple[int, int]:
     directories = (struct.unpack_from("<Q", raw, field)[0] * 512 for field in (vmdk.DIRECTORY, vmdk.REDUNDANT))
     first, second = (struct.unpack_from("<I", raw, directory)[0] * 512 for directory in directories)
     return first, second
-
-
-def patch(image: Path, at: int, data: bytes) -> None:
-    with image.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
 
 
 # Headers

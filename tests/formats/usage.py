@@ -11,6 +11,13 @@ from pathlib import Path
 from nbdserve.block import BlockDevice
 
 
+def patch(path: Path, offset: int, data: bytes) -> None:
+    """Overwrite bytes of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
 def scribble(device: BlockDevice, chosen: random.Random, *, steps: int = 40) -> bytearray:
     """Change a device here and there; return what it must hold."""
     model = device.read(0, device.size)

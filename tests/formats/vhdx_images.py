@@ -14,6 +14,7 @@ from nbdserve.formats.vhdx.checksum import checksum_of
 from nbdserve.formats.vhdx.create import create_image
 from nbdserve.formats.vhdx.image import VhdxImage
 from nbdserve.formats.vhdx.log import DATA, DESCRIPTOR, ENTRY
+from tests.formats.usage import patch
 from tests.reference import run
 
 LOG = MIB
@@ -81,13 +82,6 @@ def seven_zip_content(path: Path) -> bytes:
 def sealed(structure: bytes) -> bytes:
     """A header, region table or log entry with the right checksum."""
     return structure[:4] + checksum_of(structure, 4).to_bytes(4, "little") + structure[8:]
-
-
-def patch(path: Path, offset: int, data: bytes) -> None:
-    """Overwrite bytes of a file."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
 
 
 def patch_sealed(path: Path, offset: int, at: int, data: bytes, *, size: int = 4096) -> None:
