@@ -14,15 +14,14 @@ BlockingIOError with nothing changed.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import Computed, Data, Extent, HostOffset, Zero
-from nbdserve.block.file import HostFile, ReadBuffer, WriteBuffer
+from nbdserve.block.extents import Computed, Extent
+from nbdserve.block.file import ReadBuffer, WriteBuffer
 
 LINE = 4096
 """Bytes that are cached together."""
@@ -176,24 +175,8 @@ class WriteBackCache(BlockDevice):
         if not nowait:
             self.below.read_into(offset, view)
             return
-        with self.below.pins.held():
-            while view:
-                count = self._fetch_cached(offset, view)
-                view = view[count:]
-                offset += count
-
-    def _fetch_cached(self, offset: int, view: memoryview) -> int:
-        """Fill the beginning of the view from the page cache; how many bytes."""
-        place = self.below.locate(offset, len(view))
-        if place is not None:
-            return _read_cached(*place, view)
-        match self.below.map_nowait(offset, len(view)):
-            case Data(length, file, host_offset):
-                return _read_cached(file, host_offset, view[:length])
-            case Zero(length):
-                view[:length] = bytes(length)
-                return length
-        raise BlockingIOError
+        if not self.below.read_at_hand(offset, view):
+            raise BlockingIOError
 
     def _overlay(self, offset: int, view: memoryview) -> None:
         """Put what is dirty over bytes that came from the device."""
@@ -255,10 +238,3 @@ class WriteBackCache(BlockDevice):
             if index in self._dirty:
                 self.write_back()
             del self._lines[index]
-
-
-def _read_cached(file: HostFile, host_offset: HostOffset, view: memoryview) -> int:
-    count = os.preadv(file.fd, [view], host_offset, file.nowait)
-    if count < len(view):  # the rest is not in memory, or lies past the end of the file
-        raise BlockingIOError
-    return count

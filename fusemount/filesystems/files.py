@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fusemount.filesystems.base import Attributes, Changes, Entry, FileSystem, Inode, Space, error
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import Data, Zero
 from nbdserve.block.file import ReadBuffer
 
 
@@ -94,18 +93,8 @@ class DeviceFiles(FileSystem):
 
     def _read_nowait(self, device: BlockDevice, offset: int, length: int) -> ReadBuffer:
         buffer = bytearray(length)
-        view = memoryview(buffer)
-        with device.pins.held():
-            while view:
-                match device.map_nowait(offset, len(view)):
-                    case Data(count, file, host_offset):
-                        if os.preadv(file.fd, [view[:count]], host_offset, file.nowait) < count:
-                            raise error(errno.EAGAIN)
-                    case Zero(count):
-                        pass
-                    case _:
-                        raise error(errno.EAGAIN)
-                view, offset = view[count:], offset + count
+        if not device.read_at_hand(offset, buffer):
+            raise error(errno.EAGAIN)
         return buffer
 
     def space(self) -> Space:

@@ -98,6 +98,25 @@ class BlockDevice(ABC):
                 view = view[extent.length :]
                 offset += extent.length
 
+    def read_at_hand(self, offset: int, buffer: WriteBuffer) -> bool:
+        """read_into(), if that needs nothing slower than the page cache; False, with anything in the buffer, if not."""
+        view = memoryview(buffer)
+        with self.pins.held():
+            place = self.locate(offset, len(view))
+            if place is not None:
+                return place[0].read_at_hand(place[1], view)
+            while view:
+                match self.map_nowait(offset, len(view)):
+                    case Data(length, file, host_offset) if file.read_at_hand(host_offset, view[:length]):
+                        pass
+                    case Zero(length):
+                        view[:length] = bytes(length)
+                    case _:
+                        return False
+                view = view[length:]
+                offset += length
+        return True
+
     def read(self, offset: int, length: int) -> bytearray:
         """The guest bytes of the range."""
         buffer = bytearray(length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import Data, GuestOffset, HostOffset, Zero
+from nbdserve.block.extents import Data, GuestOffset, HostOffset
 from nbdserve.block.file import ReadBuffer
 from nbdserve.formats.base import Reservation
 from nbdserve.formats.qcow2.allocation import Allocator
@@ -200,23 +200,11 @@ class AllocatingImage(Qcow2Image):
     def _around(self, entry: int, start: int, end: int) -> bytes | bytearray | None:
         """What the guest sees in [start, end), a part of a fresh cluster; nothing if it reads as zeros, None if telling
         takes a look at the disk."""
-        backing = self.backing
-        if start == end or backing is None or start >= backing.size or entry in self._zero_entries:
+        if start == end or self._is_above_backing(start) or entry in self._zero_entries:
             return b""
+        assert self.backing is not None
         content = bytearray(end - start)
-        view = memoryview(content)[: backing.size - start]
-        while view:
-            extent = backing.map_nowait(start, len(view))
-            match extent:
-                case Data() if extent.file.read_at_hand(extent.host_offset, view[: extent.length]):
-                    pass
-                case Zero():
-                    pass
-                case _:
-                    return None
-            view = view[extent.length :]
-            start += extent.length
-        return content
+        return content if self.backing.read_at_hand(start, memoryview(content)[: self.backing.size - start]) else None
 
     def _write_to_new(
         self, offset: int, data: ReadBuffer, count: int, head: ReadBuffer = b"", tail: ReadBuffer = b""
